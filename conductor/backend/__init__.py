@@ -1,0 +1,1 @@
+"""What touches the world: llama.cpp, the device, files. It decides nothing."""

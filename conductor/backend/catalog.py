@@ -1,0 +1,62 @@
+"""From a model's name to its file and plan: configured keys, paths inside the allowed directories, header, identity."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from conductor.backend.gguf_header import GgufHeader, read_header
+from conductor.backend.hub import fetch
+from conductor.config import Config
+from conductor.core.events import ModelId, ModelPlan
+from conductor.errors import BadModelFile, PathNotAllowed, UnknownModel
+from conductor.types import DeviceKind, ModelKey
+
+
+class Catalog:
+    """Reads files, so its methods belong on a worker thread."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._headers: dict[ModelId, GgufHeader] = {}
+
+    def plan(self, model: str, kind: DeviceKind) -> ModelPlan:
+        """Raises UnknownModel, PathNotAllowed, BadModelFile."""
+        key, path = self._locate(model)
+        identity = _identity(path)
+        header = self._headers.get(identity)
+        if header is None:
+            header = self._headers[identity] = read_header(path)
+        geometry = header.geometry
+        weights = geometry.weights_bytes_offloaded if kind is DeviceKind.CUDA else geometry.weights_bytes_host
+        return ModelPlan(identity, key, str(path), weights, geometry)
+
+    def _locate(self, model: str) -> tuple[ModelKey, Path]:
+        configured = self._config.models.get(model)
+        if configured is not None:
+            path = self._config.resolve(configured.path)
+            if not path.exists() and configured.repo:
+                path = fetch(configured.repo, configured.file or path.name, path.parent)
+            return ModelKey(model), path.resolve()
+        if os.sep not in model and not model.endswith(".gguf"):
+            raise UnknownModel(model, tuple(map(ModelKey, sorted(self._config.models))))
+        path = self._find(model)
+        allowed = self._config.allowed_directories()
+        if not any(path.is_relative_to(directory) for directory in allowed):
+            raise PathNotAllowed(model, tuple(map(str, allowed)))
+        return ModelKey(str(path)), path
+
+    def _find(self, name: str) -> Path:
+        """A path as resolved; a relative one is looked for in the allowed directories, then where the process is."""
+        places = [*self._config.allowed_directories(), Path.cwd()]
+        found = next((place / name for place in places if (place / name).exists()), Path(name))
+        return found.resolve()
+
+
+def _identity(path: Path) -> ModelId:
+    """The file itself: another path to it is the same model, another content under the same path is not."""
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise BadModelFile(str(path), f"cannot be opened: {error.strerror}") from error
+    return ModelId(f"{stat.st_dev}-{stat.st_ino}-{stat.st_size}-{stat.st_mtime_ns}")

@@ -1,0 +1,400 @@
+"""The conductor's state machine: `handle(event) -> actions`.
+
+Covers registrations, models, turns and other tasks' reservations, and books every byte of them. One writer, no locks:
+the shell calls `handle` from one thread, and each call leaves the books complete.
+
+What is booked, and when:
+- a model's weights when its first agent is admitted, released when its unload is confirmed;
+- the promise to all agents' turns, which live contexts draw from (`books`);
+- other tasks' bytes through reserve and release.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from conductor.core import actions, events, turns
+from conductor.core.admission import Decision, Outcome
+from conductor.core.books import Books
+from conductor.core.events import AgentSpec, ModelId, TurnId
+from conductor.core.ledger import Ledger, OverCap
+from conductor.core.residency import Model
+from conductor.core.sessions import Agent, LiveContext, Phase, Stage, Turn
+from conductor.core.waitlist import Waitlist
+from conductor.errors import (
+    AdmissionRefused,
+    DuplicateAgent,
+    InternalError,
+    RefusalCode,
+    TurnCancelled,
+    UnknownAgent,
+    UnknownReservation,
+)
+from conductor.types import AgentId, Kind, KvPlace, ModelState
+
+
+class State:
+    """See the module's docstring. `live_contexts`: the most contexts that may be live at once."""
+
+    def __init__(self, *, cap_bytes: int, live_contexts: int, waitlist_limit: int = 256, id_prefix: str = "r") -> None:
+        self.ledger = Ledger(cap_bytes, prefix=id_prefix)
+        self.agents: dict[AgentId, Agent] = {}
+        self.models: dict[ModelId, Model] = {}
+        self.turns: dict[TurnId, Turn] = {}  #: in the order of arrival
+        self.waitlist = Waitlist(limit=waitlist_limit)
+        self.books = Books(self.ledger, self.agents, live_contexts=live_contexts)
+        self.live_contexts = live_contexts
+        #: registrations for a model that is being unloaded; taken up again when it is gone
+        self._deferred: list[events.RegisterRequested] = []
+        self._turns_begun = 0
+        self._handlers: dict[type, Callable[[Any], Iterable[actions.Action]]] = {
+            events.RegisterRequested: self._on_register,
+            events.RegisterAbandoned: self._on_register_abandoned,
+            events.ModelLoaded: self._on_model_loaded,
+            events.ModelLoadFailed: self._on_model_load_failed,
+            events.ModelUnloaded: self._on_model_unloaded,
+            events.UnregisterRequested: self._on_unregister,
+            events.OwnerDied: self._on_owner_died,
+            events.TurnRequested: self._on_turn,
+            events.TurnAbandoned: self._on_turn_abandoned,
+            events.TurnFinished: self._on_turn_finished,
+            events.ContextOpened: self._on_context_opened,
+            events.ContextOpenFailed: self._on_context_open_failed,
+            events.ContextClosed: self._on_context_closed,
+            events.ReserveRequested: self._on_reserve,
+            events.ReleaseRequested: self._on_release,
+        }
+
+    def handle(self, event: events.Event) -> list[actions.Action]:
+        """Take in one event and return what is to be done about it, in order."""
+        todo = list(self._handlers[type(event)](event))
+        todo += self._admit_waiting()
+        todo += self._schedule()
+        return todo
+
+    def book_overhead(self, holder: str, bytes: int) -> None:
+        """Book what the process itself holds on the device, measured at start. Raises OverCap."""
+        self.ledger.reserve(holder, Kind.OVERHEAD, bytes)
+
+    # --- registration -----------------------------------------------------------------------------------------------
+
+    def _on_register(self, event: events.RegisterRequested) -> list[actions.Action]:
+        spec = event.agent
+        if self._is_known(spec.id):
+            return [actions.Refuse(event.request_id, DuplicateAgent(spec.id))]
+        model = self.models.get(spec.model.id)
+        if model is not None and model.state is ModelState.UNLOADING:
+            self._deferred.append(event)
+            return []
+        decision = self._decide(spec)
+        if decision.outcome is Outcome.NEVER_FITS:
+            return [actions.Refuse(event.request_id, self._refusal(RefusalCode.NEVER, spec))]
+        if decision.outcome is Outcome.FIT and not self.waitlist.ahead_of(spec.priority):
+            return self._book(event, decision)
+        if not event.may_wait:
+            return [actions.Refuse(event.request_id, self._refusal(RefusalCode.CAP, spec))]
+        if self.waitlist.full:
+            return [actions.Refuse(event.request_id, self._refusal(RefusalCode.QUEUE_FULL, spec))]
+        self.waitlist.add(event)
+        return []
+
+    def _book(self, event: events.RegisterRequested, decision: Decision) -> list[actions.Action]:
+        """Book the whole of an admission at once; the model is loaded, or the agent admitted, only after."""
+        spec, todo = event.agent, list[actions.Action]()
+        model = self.models.get(spec.model.id)
+        if model is None:
+            weights = self.ledger.reserve(spec.model.key, Kind.WEIGHTS, decision.weights_bytes)
+            self.models[spec.model.id] = Model(spec.model, weights, ModelState.LOADING)
+            todo.append(actions.LoadModel(spec.model))
+        agent = Agent(spec, event.request_id, decision.requested_bytes, loads_model=model is None)
+        self.agents[spec.id] = agent
+        self.books.keep_promise()
+        if model is not None and model.state is ModelState.RESIDENT:
+            todo.append(self._admit(agent))
+        return todo
+
+    def _admit(self, agent: Agent) -> actions.Admit:
+        agent.stage = Stage.ADMITTED
+        weights = self.ledger.size(self.models[agent.model_id].reservation)
+        return actions.Admit(agent.registration, agent.spec, weights, self.books.price(agent.spec), agent.charged_bytes, agent.loads_model)
+
+    def _on_register_abandoned(self, event: events.RegisterAbandoned) -> list[actions.Action]:
+        if (waiting := self.waitlist.remove(event.request_id)) is not None:
+            if not event.timed_out:
+                return []
+            spec = waiting.agent
+            return [actions.Refuse(event.request_id, self._refusal(RefusalCode.TIMEOUT, spec))]
+        if event.timed_out:  # only for those who wait for room; whoever is past that will be answered soon
+            return []
+        self._deferred = [request for request in self._deferred if request.request_id != event.request_id]
+        leaver = next((agent for agent in self.agents.values() if agent.registration == event.request_id), None)
+        return self._leave(leaver) if leaver else []
+
+    def _admit_waiting(self) -> list[actions.Action]:
+        """Book those whose turn it is, in order, up to the first who still does not fit."""
+        todo: list[actions.Action] = []
+        for event in self.waitlist:
+            model = self.models.get(event.agent.model.id)
+            decision = self._decide(event.agent)
+            if decision.outcome is not Outcome.FIT or (model is not None and model.state is ModelState.UNLOADING):
+                break
+            self.waitlist.remove(event.request_id)
+            todo += self._book(event, decision)
+        return todo
+
+    def _decide(self, spec: AgentSpec) -> Decision:
+        return self.books.decide(spec, weights_are_booked=spec.model.id in self.models)
+
+    def _refusal(self, code: RefusalCode, spec: AgentSpec) -> AdmissionRefused:
+        return self.books.refuse_agent(code, spec, weights_are_booked=spec.model.id in self.models)
+
+    # --- models -----------------------------------------------------------------------------------------------------
+
+    def _on_model_loaded(self, event: events.ModelLoaded) -> list[actions.Action]:
+        model = self.models[event.model_id]
+        model.become("loaded")
+        try:
+            self.ledger.resize(model.reservation, event.weights_bytes)
+        except OverCap as excess:
+            return self._unload_overweight(model, excess)
+        agents = self._agents_of(event.model_id)
+        if not agents:
+            return self._unload(model)
+        return [self._admit(agent) for agent in agents if agent.stage is Stage.LOADING]
+
+    def _unload_overweight(self, model: Model, excess: OverCap) -> list[actions.Action]:
+        """The weights took more than was booked, and the rest does not fit: everybody who waits for them is refused."""
+        todo: list[actions.Action] = []
+        for agent in self._agents_of(model.plan.id):
+            todo.append(actions.Refuse(agent.registration, self.books.refuse(RefusalCode.CAP, excess.requested_bytes)))
+            del self.agents[agent.id]
+        self.books.keep_promise()
+        return todo + self._unload(model)
+
+    def _on_model_load_failed(self, event: events.ModelLoadFailed) -> list[actions.Action]:
+        model = self.models.pop(event.model_id)
+        model.become("load failed")
+        self.ledger.release(model.reservation)
+        todo: list[actions.Action] = []
+        for agent in self._agents_of(event.model_id):
+            del self.agents[agent.id]
+            todo.append(actions.Refuse(agent.registration, event.error))
+        self.books.keep_promise()
+        return todo + [actions.AnswerUnregister(leaver) for leaver in model.leavers]
+
+    def _unload(self, model: Model) -> list[actions.Action]:
+        model.become("last agent left")
+        return [actions.UnloadModel(model.plan.id)]
+
+    def _on_model_unloaded(self, event: events.ModelUnloaded) -> list[actions.Action]:
+        model = self.models.pop(event.model_id)
+        model.become("unloaded")
+        self.ledger.release(model.reservation)
+        todo: list[actions.Action] = [actions.AnswerUnregister(leaver) for leaver in model.leavers]
+        deferred, self._deferred = self._deferred, []
+        for registration in deferred:
+            todo += self._on_register(registration)
+        return todo
+
+    # --- leaving ----------------------------------------------------------------------------------------------------
+
+    def _on_unregister(self, event: events.UnregisterRequested) -> list[actions.Action]:
+        agent = self.agents.get(event.agent_id)
+        if agent is None or agent.stage is Stage.LOADING:
+            return [actions.FailRequest(event.request_id, UnknownAgent(event.agent_id))]
+        agent.leavers.append(event.request_id)
+        return self._leave(agent)
+
+    def _on_owner_died(self, event: events.OwnerDied) -> list[actions.Action]:
+        todo: list[actions.Action] = []
+        for waiting in [w for w in (*self.waitlist, *self._deferred) if w.agent.owner == event.owner]:
+            todo += self._on_register_abandoned(events.RegisterAbandoned(waiting.request_id))
+        for agent in [agent for agent in self.agents.values() if agent.spec.owner == event.owner]:
+            todo += self._leave(agent)
+        for reservation in [id for id, owner in self.books.external.items() if owner == event.owner]:
+            self.books.release(reservation)
+        return todo
+
+    def _leave(self, agent: Agent) -> list[actions.Action]:
+        """Start an agent's departure; it is over when its context is closed."""
+        if agent.stage is Stage.LEAVING:
+            return []
+        agent.stage = Stage.LEAVING
+        todo: list[actions.Action] = []
+        for turn in [turn for turn in self.turns.values() if turn.agent_id == agent.id]:
+            if turn.running:
+                todo.append(actions.StopTurn(turn.id))
+            else:
+                del self.turns[turn.id]
+                todo.append(actions.FailTurn(turn.id, TurnCancelled(agent.id, "the agent was unregistered")))
+        return todo + self._go(agent)
+
+    def _go(self, agent: Agent) -> list[actions.Action]:
+        """Take the next step of a departure."""
+        if agent.phase is Phase.READY:
+            agent.become("closing")
+            return [actions.CloseContext(agent.id, save=False)]
+        return [] if agent.live else self._forget(agent)
+
+    def _forget(self, agent: Agent) -> list[actions.Action]:
+        del self.agents[agent.id]
+        self.books.keep_promise()
+        todo: list[actions.Action] = [actions.Forget(agent.id)]
+        model = self.models[agent.model_id]
+        if self._agents_of(agent.model_id):
+            return todo + [actions.AnswerUnregister(leaver) for leaver in agent.leavers]
+        model.leavers += agent.leavers
+        return todo + (self._unload(model) if model.state is ModelState.RESIDENT else [])
+
+    # --- turns ------------------------------------------------------------------------------------------------------
+
+    def _on_turn(self, event: events.TurnRequested) -> list[actions.Action]:
+        agent = self.agents.get(event.agent_id)
+        if agent is None or agent.stage is not Stage.ADMITTED:
+            return [actions.FailTurn(event.turn_id, UnknownAgent(event.agent_id))]
+        self.turns[event.turn_id] = Turn(event.turn_id, event.agent_id)
+        return []
+
+    def _on_turn_abandoned(self, event: events.TurnAbandoned) -> list[actions.Action]:
+        turn = self.turns.get(event.turn_id)
+        if turn is None:
+            return []
+        if turn.running:
+            return [actions.StopTurn(turn.id)]
+        del self.turns[turn.id]
+        return [actions.FailTurn(turn.id, TurnCancelled(turn.agent_id, "the caller went away"))]
+
+    def _on_turn_finished(self, event: events.TurnFinished) -> list[actions.Action]:
+        agent = self.agents[self.turns.pop(event.turn_id).agent_id]
+        agent.tokens = event.tokens
+        agent.become("turn ended")
+        return self._go(agent) if agent.stage is Stage.LEAVING else []
+
+    def _schedule(self) -> list[actions.Action]:
+        """Carry out `turns.plan_turns` on the books; the shell does the rest."""
+        waiting = [turn for turn in self.turns.values() if not turn.running]
+        if not waiting:
+            return []
+        waiting.sort(key=lambda turn: -self.agents[turn.agent_id].spec.priority)
+        queue = [turns.WaitingTurn(turn.id, turn.agent_id, self.agents[turn.agent_id].model_id) for turn in waiting]
+        places = [turns.Place(a.id, a.model_id, a.live.phase, a.last_turn) for a in self.agents.values() if a.live]
+        return [self._take(step) for step in turns.plan_turns(queue, places, live_contexts=self.live_contexts)]
+
+    def _take(self, step: turns.Step) -> actions.Action:
+        agent = self.agents[step.agent_id]
+        match step:
+            case turns.Start(turn_id):
+                return self._start(agent, self.turns[turn_id])
+            case turns.Open(turn_id):
+                agent.live = LiveContext(Phase.OPENING, self.books.take(agent), turn_id)
+                return actions.OpenContext(agent.id, agent.spec.context, agent.model_id)
+            case turns.Close(_, for_turn):
+                agent.become("closing")
+                self._live(agent).turn = for_turn
+                return actions.CloseContext(agent.id, save=True)
+
+    def _start(self, agent: Agent, turn: Turn) -> actions.RunTurn:
+        agent.become("turn began")
+        self._turns_begun += 1
+        agent.last_turn, agent.turns = self._turns_begun, agent.turns + 1
+        turn.running = True
+        return actions.RunTurn(turn.id, agent.id, turn.evicted, turn.restored, turn.swap_bytes)
+
+    # --- contexts ---------------------------------------------------------------------------------------------------
+
+    def _on_context_opened(self, event: events.ContextOpened) -> list[actions.Action]:
+        agent = self.agents[event.agent_id]
+        turn = self._turn_of(agent)
+        agent.become("opened")
+        agent.place, agent.host_bytes = KvPlace.SLOT, 0
+        try:
+            self.books.correct(agent, self._live(agent), event.context_bytes)
+        except OverCap as excess:
+            return self._close_oversized(agent, turn, excess)
+        if turn is not None:
+            turn.restored = event.restored_bytes > 0
+            turn.swap_bytes += event.restored_bytes
+        return self._go(agent) if agent.stage is Stage.LEAVING else []
+
+    def _close_oversized(self, agent: Agent, turn: Turn | None, excess: OverCap) -> list[actions.Action]:
+        todo: list[actions.Action] = []
+        if turn is not None and turn.id in self.turns:
+            del self.turns[turn.id]
+            todo.append(actions.FailTurn(turn.id, self.books.refuse(RefusalCode.CAP, excess.requested_bytes)))
+        agent.become("closing")
+        return [*todo, actions.CloseContext(agent.id, save=agent.stage is not Stage.LEAVING)]
+
+    def _on_context_open_failed(self, event: events.ContextOpenFailed) -> list[actions.Action]:
+        agent = self.agents[event.agent_id]
+        turn = self._turn_of(agent)
+        self.books.give_back(self._live(agent))
+        agent.become("open failed")
+        agent.place = event.place
+        todo: list[actions.Action] = []
+        if turn is not None:
+            del self.turns[turn.id]
+            todo.append(actions.FailTurn(turn.id, event.error))
+        return todo + (self._go(agent) if agent.stage is Stage.LEAVING else [])
+
+    def _on_context_closed(self, event: events.ContextClosed) -> list[actions.Action]:
+        agent = self.agents[event.agent_id]
+        turn = self._turn_of(agent)
+        if turn is not None and agent.tokens:
+            turn.evicted = agent.id
+            turn.swap_bytes += event.saved_bytes
+        self.books.give_back(self._live(agent))
+        agent.become("closed")
+        agent.place, agent.host_bytes = event.place, event.saved_bytes
+        return self._go(agent) if agent.stage is Stage.LEAVING else []
+
+    # --- other tasks' bytes -----------------------------------------------------------------------------------------
+
+    def _on_reserve(self, event: events.ReserveRequested) -> list[actions.Action]:
+        try:
+            reservation = self.books.reserve(event.holder, event.bytes, event.owner)
+        except AdmissionRefused as refused:
+            return [actions.FailRequest(event.request_id, refused)]
+        return [actions.AnswerReserve(event.request_id, reservation)]
+
+    def _on_release(self, event: events.ReleaseRequested) -> list[actions.Action]:
+        if event.reservation_id not in self.books.external:
+            return [actions.FailRequest(event.request_id, UnknownReservation(event.reservation_id))]
+        return [actions.AnswerRelease(event.request_id, self.books.release(event.reservation_id))]
+
+    # --- derived ----------------------------------------------------------------------------------------------------
+
+    def _agents_of(self, model_id: ModelId) -> list[Agent]:
+        return [agent for agent in self.agents.values() if agent.model_id == model_id]
+
+    def _is_known(self, agent_id: AgentId) -> bool:
+        return agent_id in self.agents or any(w.agent.id == agent_id for w in (*self.waitlist, *self._deferred))
+
+    def _live(self, agent: Agent) -> LiveContext:
+        if agent.live is None:
+            raise InternalError(f"{agent.id} has no live context")
+        return agent.live
+
+    def _turn_of(self, agent: Agent) -> Turn | None:
+        """The turn that the agent's context was opened or closed for, unless it is gone by now."""
+        turn = self._live(agent).turn
+        return self.turns.get(turn) if turn is not None else None
+
+    def check(self) -> None:
+        """Raise InternalError unless the books and the records agree."""
+        self.books.check(model.reservation for model in self.models.values())
+        live = [agent for agent in self.agents.values() if agent.live]
+        used = {agent.model_id for agent in self.agents.values()}
+        resident = {id for id, model in self.models.items() if model.state is ModelState.RESIDENT}
+        running = [turn.agent_id for turn in self.turns.values() if turn.running]
+        busy = [agent.id for agent in live if agent.phase is Phase.BUSY]
+        for holds, story in (
+            (len(live) <= self.live_contexts, f"{len(live)} live contexts, {self.live_contexts} allowed"),
+            (len({agent.model_id for agent in live}) == len(live), "two live contexts of one model"),
+            (used <= self.models.keys(), "an agent without its model"),
+            (resident <= used, "a resident model that nobody uses"),
+            (sorted(running) == sorted(busy), "running turns and busy contexts differ"),
+            (all(turn.agent_id in self.agents for turn in self.turns.values()), "a turn of a stranger"),
+        ):
+            if not holds:
+                raise InternalError(story)

@@ -1,0 +1,239 @@
+"""Every exception the project raises on purpose.
+
+    ConductorError
+    ├── ConfigError            a configuration file is wrong: names file and key
+    ├── InvalidRequest         an argument is wrong: names it
+    │   ├── UnknownAgent
+    │   └── DuplicateAgent
+    ├── AdmissionRefused       the bytes do not fit: carries a Refusal with the numbers
+    ├── ModelError             a model cannot be used
+    │   ├── UnknownModel
+    │   ├── PathNotAllowed
+    │   ├── BadModelFile
+    │   ├── ModelLoadFailed
+    │   └── ChatTemplateFailed
+    ├── WindowFull             the turn does not fit the agent's window; the session is as it was
+    ├── TurnCancelled          the agent left, or the turn was ended, before a result existed
+    ├── DecodeFailed           llama.cpp gave up; the session keeps its tokens
+    ├── UnknownReservation     released twice, or never made
+    └── InternalError          a broken invariant: our bug
+
+Each survives pickling, so it reaches a Ray caller with its fields: `__init__` hands its own arguments to
+`super().__init__`. `retryable` says whether the same call may succeed later.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from conductor.types import AgentId, ModelKey, Record, Reservation, ReservationId
+from conductor.units import format_bytes
+
+
+class ConductorError(Exception):
+    """Base of all of them. `str()` is one message for people; the fields are attributes."""
+
+    retryable: ClassVar[bool] = False
+
+
+class ConfigError(ConductorError):
+    def __init__(self, source: str, key: str, problem: str) -> None:
+        super().__init__(source, key, problem)
+        self.source, self.key, self.problem = source, key, problem
+
+    def __str__(self) -> str:
+        return f"{self.source}: {self.key}: {self.problem}" if self.key else f"{self.source}: {self.problem}"
+
+
+class InvalidRequest(ConductorError):
+    def __init__(self, argument: str, problem: str) -> None:
+        super().__init__(argument, problem)
+        self.argument, self.problem = argument, problem
+
+    def __str__(self) -> str:
+        return f"{self.argument}: {self.problem}"
+
+
+class UnknownAgent(InvalidRequest):
+    def __init__(self, agent_id: str) -> None:
+        super().__init__("agent_id", f"no agent {agent_id!r} is registered; register it first (`list` shows who is)")
+        self.args = (agent_id,)
+        self.agent_id = agent_id
+
+
+class DuplicateAgent(InvalidRequest):
+    def __init__(self, agent_id: str) -> None:
+        super().__init__("agent_id", f"{agent_id!r} is registered already; unregister it or choose another id")
+        self.args = (agent_id,)
+        self.agent_id = agent_id
+
+
+class RefusalCode(str, enum.Enum):
+    CAP = "CAP"  #: not now: others hold the bytes
+    NEVER = "NEVER"  #: not on this device, even alone
+    QUEUE_FULL = "QUEUE_FULL"  #: too many wait already
+    TIMEOUT = "TIMEOUT"  #: waited `wait_s` in vain
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal(Record):
+    """The numbers behind a refusal."""
+
+    code: RefusalCode
+    requested_bytes: int  #: what this admission would have added
+    cap_bytes: int
+    booked_bytes: int
+    holders: tuple[Reservation, ...]
+    largest_window: int | None  #: the longest window of the same model that would fit now; None if not even the smallest
+
+    @property
+    def free_bytes(self) -> int:
+        return self.cap_bytes - self.booked_bytes
+
+    @property
+    def line(self) -> str:
+        """The one-line form, for logs and sockets."""
+        return (
+            f"VRAM_LEDGER_DENY code={self.code.value} ledger_max_bytes={self.cap_bytes} "
+            f"ledger_allocated_bytes={self.booked_bytes} requested_bytes={self.requested_bytes}"
+        )
+
+
+class AdmissionRefused(ConductorError):
+    """Nothing was booked and nothing was loaded."""
+
+    def __init__(self, refusal: Refusal) -> None:
+        super().__init__(refusal)
+        self.refusal = refusal
+
+    @property
+    def code(self) -> RefusalCode:
+        return self.refusal.code
+
+    @property
+    def line(self) -> str:
+        return self.refusal.line
+
+    @property
+    def retryable(self) -> bool:  # type: ignore[override]
+        return self.refusal.code is not RefusalCode.NEVER
+
+    def __str__(self) -> str:
+        r = self.refusal
+        return f"{r.line}\n{format_bytes(r.requested_bytes)} asked for, {format_bytes(r.free_bytes)} free. {_advice(r)}"
+
+
+def _advice(refusal: Refusal) -> str:
+    if refusal.code is RefusalCode.QUEUE_FULL:
+        return "Too many registrations wait already; try again later."
+    smaller = f"A window of {refusal.largest_window} tokens would fit now" if refusal.largest_window else ""
+    if refusal.code is RefusalCode.NEVER:
+        return f"This device cannot hold it even when empty. {smaller + '.' if smaller else 'Choose a smaller model.'}"
+    return f"{smaller + ', or u' if smaller else 'U'}nregister an agent, or wait with wait_s=SECONDS."
+
+
+class ModelError(ConductorError):
+    """A model cannot be used; no agent and no byte of it remains."""
+
+
+class UnknownModel(ModelError):
+    def __init__(self, model: str, known: tuple[ModelKey, ...]) -> None:
+        super().__init__(model, known)
+        self.model, self.known = model, known
+
+    def __str__(self) -> str:
+        return f"no model {self.model!r} in the configuration and no file of that name; configured: {', '.join(self.known) or 'none'}"
+
+
+class PathNotAllowed(ModelError):
+    def __init__(self, path: str, allowed: tuple[str, ...]) -> None:
+        super().__init__(path, allowed)
+        self.path, self.allowed = path, allowed
+
+    def __str__(self) -> str:
+        where = ", ".join(self.allowed) or "none configured"
+        return f"{self.path!r} is outside the directories that models may be named from ({where}); add it to model_dirs"
+
+
+class BadModelFile(ModelError):
+    def __init__(self, path: str, problem: str) -> None:
+        super().__init__(path, problem)
+        self.path, self.problem = path, problem
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.problem}"
+
+
+class ModelLoadFailed(ModelError):
+    def __init__(self, path: str, problem: str) -> None:
+        super().__init__(path, problem)
+        self.path, self.problem = path, problem
+
+    def __str__(self) -> str:
+        return f"llama.cpp could not load {Path(self.path).name}: {self.problem}"
+
+
+class ChatTemplateFailed(ModelError):
+    def __init__(self, model: str, problem: str) -> None:
+        super().__init__(model, problem)
+        self.model, self.problem = model, problem
+
+    def __str__(self) -> str:
+        return f"chat template of {self.model}: {self.problem}"
+
+
+class WindowFull(ConductorError):
+    """The turn needs more tokens than the window has left. Nothing was decoded; the session is as it was."""
+
+    def __init__(self, agent_id: AgentId, window: int, held_tokens: int, new_tokens: int) -> None:
+        super().__init__(agent_id, window, held_tokens, new_tokens)
+        self.agent_id, self.window, self.held_tokens, self.new_tokens = agent_id, window, held_tokens, new_tokens
+
+    def __str__(self) -> str:
+        return (
+            f"window of {self.agent_id!r} is {self.window} tokens; it holds {self.held_tokens} and the prompt adds {self.new_tokens} "
+            "(one must stay free to answer): shorten it, pass reset=True, register a larger window, or allow context_shift"
+        )
+
+
+class TurnCancelled(ConductorError):
+    def __init__(self, agent_id: AgentId, reason: str) -> None:
+        super().__init__(agent_id, reason)
+        self.agent_id, self.reason = agent_id, reason
+
+    def __str__(self) -> str:
+        return f"the turn of {self.agent_id!r} was cancelled: {self.reason}"
+
+
+class DecodeFailed(ConductorError):
+    retryable = True
+
+    def __init__(self, agent_id: AgentId, problem: str) -> None:
+        super().__init__(agent_id, problem)
+        self.agent_id, self.problem = agent_id, problem
+
+    def __str__(self) -> str:
+        return f"decoding for {self.agent_id!r} failed: {self.problem} (the conversation is kept)"
+
+
+class UnknownReservation(ConductorError):
+    def __init__(self, reservation_id: ReservationId) -> None:
+        super().__init__(reservation_id)
+        self.reservation_id = reservation_id
+
+    def __str__(self) -> str:
+        return f"no reservation {self.reservation_id!r}: it was released already, or never made"
+
+
+class InternalError(ConductorError):
+    """A broken invariant inside the conductor; please report it with the log."""
+
+    def __init__(self, story: str) -> None:
+        super().__init__(story)
+        self.story = story
+
+    def __str__(self) -> str:
+        return f"internal error: {self.story}"

@@ -1,0 +1,262 @@
+"""The values that cross module and process boundaries: frozen, typed, with JSON beside attributes.
+
+Covers what goes in (`DecodeRequest`), what comes out (`Admission`, `DecodeResult`, `Chunk`, `Status`) and the ids.
+Does not cover what only `core` passes to itself (`core/events.py`) or errors (`errors.py`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NewType, TypeAlias
+
+AgentId = NewType("AgentId", str)
+#: The key of a model in the configuration or, for a model named by path, that path as resolved.
+ModelKey = NewType("ModelKey", str)
+ReservationId = NewType("ReservationId", str)
+#: Identity of the process that an agent or a reservation dies with (Ray's worker id).
+OwnerId = NewType("OwnerId", str)
+
+JSON: TypeAlias = "None | bool | int | float | str | list[JSON] | dict[str, JSON]"
+
+
+class Record:
+    """Base of results: attributes for programs, `record["key"]` and `to_json()` for notebooks and shells."""
+
+    __slots__ = ()
+
+    def __getitem__(self, key: str) -> Any:
+        if key not in self.keys():
+            raise KeyError(key)
+        return getattr(self, key)
+
+    def keys(self) -> list[str]:
+        return [field.name for field in dataclasses.fields(self)]  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
+    def to_json(self) -> dict[str, JSON]:
+        """Plain dicts, lists and scalars, ready for `json.dumps`."""
+        return {name: _plain(getattr(self, name)) for name in self.keys()}
+
+
+def _plain(value: Any) -> JSON:
+    if isinstance(value, Record):
+        return value.to_json()
+    if isinstance(value, enum.Enum):
+        return str(value.value)
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(f"{type(value).__name__} has no JSON form")
+
+
+class DeviceKind(str, enum.Enum):
+    CUDA = "cuda"
+    HOST = "host"
+
+
+class Kind(str, enum.Enum):
+    """What booked bytes are for."""
+
+    WEIGHTS = "weights"
+    CONTEXT = "context"  #: KV cache and compute buffers of a live context
+    HEADROOM = "headroom"  #: promised to the registered agents' turns, used by no context at this moment
+    OVERHEAD = "overhead"  #: what the process itself holds on the device (CUDA context, libraries)
+    EXTERNAL = "external"  #: booked by other tasks of the node through `reserve`
+
+
+class KvPlace(str, enum.Enum):
+    """Where an agent's KV cache is. The session's tokens are the truth, the KV a cache of them."""
+
+    SLOT = "slot"  #: in a live context on the device
+    HOST = "host"  #: saved to host memory
+    TOKENS = "tokens"  #: nowhere: recomputed from the tokens on the next turn (also: nothing computed yet)
+
+
+class ModelState(str, enum.Enum):
+    LOADING = "loading"
+    RESIDENT = "resident"
+    UNLOADING = "unloading"
+
+
+class FinishReason(str, enum.Enum):
+    EOS = "eos"  #: the model ended its turn
+    STOP = "stop"  #: a stop string appeared
+    LENGTH = "length"  #: `max_tokens` were made
+    WINDOW = "window"  #: the agent's window is full
+    CANCELLED = "cancelled"  #: the caller went away or asked for the end
+
+
+class MirrorState(str, enum.Enum):
+    EQUAL = "equal"
+    BEHIND = "behind"
+    UNMIRRORED = "unmirrored"
+
+
+@dataclass(frozen=True, slots=True)
+class ContextSpec(Record):
+    """The parameters of a `llama_context` that decide its size, and so an agent's price."""
+
+    window: int  #: tokens of one sequence
+    n_batch: int = 512
+    n_ubatch: int = 512
+    kv_type: str = "f16"
+    flash_attention: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Message(Record):
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeRequest(Record):
+    """One turn of one agent. `prompt` continues the conversation as raw text; `messages` is a whole chat."""
+
+    prompt: str | None = None
+    messages: tuple[Message, ...] | None = None
+    max_tokens: int = 128
+    temperature: float = 0.0  #: 0 is greedy
+    top_k: int = 40  #: 0 is off
+    top_p: float = 0.95  #: 1 is off
+    min_p: float = 0.05  #: 0 is off
+    seed: int | None = None  #: None draws one; the result says which
+    stop: tuple[str, ...] = ()
+    reset: bool = False  #: forget the conversation first
+    context_shift: bool | None = None  #: at the window's end drop the oldest half; None: as the model's configuration says
+
+
+@dataclass(frozen=True, slots=True)
+class Admission(Record):
+    """What was promised to an agent, and what it cost."""
+
+    agent_id: AgentId
+    model: ModelKey
+    window: int
+    priority: int
+    weights_bytes: int  #: of the model, booked once however many agents use it
+    context_bytes: int  #: KV and compute of this agent's window while it is live
+    charged_bytes: int  #: what this admission added to the ledger
+    model_loaded: bool  #: True if this admission loaded the weights
+    waited_s: float
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk(Record):
+    """Text as it is made; never cut inside a character."""
+
+    text: str
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeResult(Record):
+    """A finished turn and what it cost."""
+
+    agent_id: AgentId
+    text: str
+    tokens: tuple[int, ...]  #: the generated token ids, the end-of-turn token included
+    prompt_tokens: int  #: tokens of the prompt that had to be decoded
+    prompt_tokens_reused: int  #: tokens of the prompt that the session held already
+    generated_tokens: int
+    stopped_on_eos: bool
+    finish_reason: FinishReason
+    seed: int
+    elapsed_ms: float  #: from the call's arrival to its last token
+    queue_ms: float  #: of it, waiting for a live context
+    time_to_first_token_ms: float
+    kv_swap_evicted: AgentId | None  #: whose KV had to leave for this turn
+    kv_swap_restored: bool  #: this agent's KV came back from host memory
+    swap_bytes: int  #: moved both ways for this turn
+    recomputed_tokens: int  #: decoded again because their KV was nowhere
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation(Record):
+    id: ReservationId
+    holder: str
+    kind: Kind
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceStatus(Record):
+    name: str
+    kind: DeviceKind
+    total_bytes: int
+    free_bytes: int
+    others_bytes: int  #: held by the driver and by strangers when the conductor started
+    chosen: str  #: why this device: automatic, forced, or what was missing
+
+
+@dataclass(frozen=True, slots=True)
+class LedgerStatus(Record):
+    max_bytes: int
+    allocated_bytes: int
+    reservations: tuple[Reservation, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelStatus(Record):
+    key: ModelKey
+    path: str
+    state: ModelState
+    agents: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class AgentStatus(Record):
+    id: AgentId
+    model: ModelKey
+    window: int
+    tokens: int
+    kv: KvPlace
+    priority: int
+    context_bytes: int
+    host_bytes: int
+    busy: bool
+    turns: int
+
+
+@dataclass(frozen=True, slots=True)
+class MirrorStatus(Record):
+    """Ray's accounting beside the ledger's, in MiB."""
+
+    state: MirrorState
+    resource: str
+    total_mib: float
+    used_mib: float
+    ledger_mib: float
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class HostMemoryStatus(Record):
+    """Where swapped KV lives."""
+
+    budget_bytes: int
+    used_bytes: int
+    pinned: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Status(Record):
+    version: str
+    device: DeviceStatus
+    ledger: LedgerStatus
+    live_contexts: int
+    models: tuple[ModelStatus, ...]
+    agents: tuple[AgentStatus, ...]
+    waiting: int
+    host_memory: HostMemoryStatus
+    mirror: MirrorStatus
+    llama_cpp: str
+    uptime_s: float

@@ -1,0 +1,39 @@
+"""A real Ray, one for the session, with its default timing. The environment is set before anything imports ray."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.update(RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0")
+
+import uuid
+from collections.abc import Iterator
+
+import pytest
+import ray
+
+from actors._ray_private import advertise_resource
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    ray.init(
+        address="local",
+        num_cpus=8,
+        num_gpus=0,
+        namespace="test",
+        include_dashboard=False,
+        object_store_memory=80 << 20,
+        log_to_driver=False,
+        logging_level="ERROR",
+    )
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def vram_resource(ray_session: None) -> Iterator[str]:
+    """The name of a resource that no other test uses and no node advertises yet."""
+    name = f"vram_{uuid.uuid4().hex[:8]}"
+    yield name
+    advertise_resource(ray.get_runtime_context().get_node_id(), name, 0)

@@ -1,0 +1,1 @@
+"""What tests build on: small model files and looks into llama.cpp."""
