@@ -33,8 +33,10 @@ GRAINS_PER_MIB = 10_000
 
 #: A change of the total is seen within one raylet report (100 ms); beyond this it was clamped or lost.
 _ADVERTISED_WITHIN_S = 1.0
-#: Ray retries a group it found no room for after about 1 s, a new group at once.
-_REFUSED_PATIENCE_S = 0.1
+#: A release shows in Ray's view with the node's next report.
+_REPORTED_WITHIN_S = 0.1
+#: A group is there 2 ms after it was asked for. Ray retries one that it found no room for after about 1 s, a new one at once.
+_LOOK_AT_EACH_AFTER_S = 0.1
 _PENDING_PATIENCE_S = 2.0
 _VERIFY_EVERY_S = 2.0
 #: Ray's own figures lose a grain here and there on their way through floats.
@@ -77,7 +79,7 @@ class RayBooks:
         self._resource, self._node_id = resource, node_id
         self._groups: dict[ReservationId, _Group] = {}
         self._total_before: float | None = None  #: what the node advertised before we changed it
-        self._verified_at = -math.inf
+        self._verified_at = self._removed_at = -math.inf
 
     def read(self) -> NodeResource | None:
         """Ray's own view; None if the node does not advertise the resource. Safe from any thread."""
@@ -143,19 +145,25 @@ class RayBooks:
             for group in pending.values():
                 group.confirmed = True
             return
-        now = time.monotonic()
         for id, group in pending.items():
-            state, refused = _state_of(group.handle)
-            if state == "CREATED":
-                group.confirmed = True
-            elif state == "REMOVED" or now - group.asked_at > (_REFUSED_PATIENCE_S if refused else _PENDING_PATIENCE_S):
-                self._remove(id)
+            age_s = time.monotonic() - group.asked_at
+            if age_s > _LOOK_AT_EACH_AFTER_S:
+                self._confirm_or_give_up(id, group, age_s)
+
+    def _confirm_or_give_up(self, id: ReservationId, group: _Group, age_s: float) -> None:
+        state, refused = _state_of(group.handle)
+        if state == "CREATED":
+            group.confirmed = True
+        elif state == "REMOVED" or refused or age_s > _PENDING_PATIENCE_S:
+            self._remove(id)
 
     def _all_show(self, pending: Collection[_Group]) -> bool:
         """One look at the sum instead of one at each group, which takes half a second for fifty on a busy machine.
 
         Somebody else's work of exactly that size would deceive it until the groups are next verified.
         """
+        if time.monotonic() - self._removed_at < _REPORTED_WITHIN_S:
+            return False  # what was freed may still be counted
         view = self.read()
         asked = sum(group.target.grains for group in self._groups.values())
         telling = all(group.target.grains > 2 * _SLACK_GRAINS for group in pending)
@@ -199,6 +207,7 @@ class RayBooks:
     def _remove(self, id: ReservationId) -> None:
         remove_placement_group(self._groups[id].handle)
         del self._groups[id]
+        self._removed_at = time.monotonic()
 
 
 def _grains(mib: float) -> int:

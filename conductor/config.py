@@ -143,7 +143,8 @@ def load_config(source: str | os.PathLike[str] | Config | None = None) -> Config
     try:
         document = yaml.load(text, Loader=_UniqueKeyLoader)
     except yaml.YAMLError as error:
-        raise ConfigError(str(path), _position(error), f"is not valid YAML: {getattr(error, 'problem', None) or error}") from error
+        problem = getattr(error, "problem", None) or error
+        raise ConfigError(str(path), _position(error), f"is not valid YAML: {problem}") from error
     return parse_config({} if document is None else document, source=str(path), directory=path.resolve().parent)
 
 

@@ -145,7 +145,7 @@ class UnknownModel(ModelError):
         self.model, self.known = model, known
 
     def __str__(self) -> str:
-        return f"no model {self.model!r} in the configuration and no file of that name; configured: {', '.join(self.known) or 'none'}"
+        return f"no model {self.model!r} in the configuration; there are: {', '.join(self.known) or 'none'}"
 
 
 class PathNotAllowed(ModelError):
@@ -194,7 +194,7 @@ class WindowFull(ConductorError):
 
     def __str__(self) -> str:
         return (
-            f"window of {self.agent_id!r} is {self.window} tokens; it holds {self.held_tokens} and the prompt adds {self.new_tokens} "
+            f"window of {self.agent_id!r} is {self.window} tokens, holds {self.held_tokens}; the prompt adds {self.new_tokens} "
             "(one must stay free to answer): shorten it, pass reset=True, register a larger window, or allow context_shift"
         )
 

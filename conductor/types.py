@@ -15,6 +15,8 @@ from typing import Any, NewType, TypeAlias
 AgentId = NewType("AgentId", str)
 #: The key of a model in the configuration or, for a model named by path, that path as resolved.
 ModelKey = NewType("ModelKey", str)
+#: What makes two names the same model: the file itself, not its path.
+ModelId = NewType("ModelId", str)
 ReservationId = NewType("ReservationId", str)
 #: Identity of the process that an agent or a reservation dies with (Ray's worker id).
 OwnerId = NewType("OwnerId", str)

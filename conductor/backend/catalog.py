@@ -8,9 +8,9 @@ from pathlib import Path
 from conductor.backend.gguf_header import GgufHeader, read_header
 from conductor.backend.hub import fetch
 from conductor.config import Config
-from conductor.core.events import ModelId, ModelPlan
+from conductor.core.estimate import ModelPlan
 from conductor.errors import BadModelFile, PathNotAllowed, UnknownModel
-from conductor.types import DeviceKind, ModelKey
+from conductor.types import DeviceKind, ModelId, ModelKey
 
 
 class Catalog:
@@ -29,7 +29,7 @@ class Catalog:
             header = self._headers[identity] = read_header(path)
         geometry = header.geometry
         weights = geometry.weights_bytes_offloaded if kind is DeviceKind.CUDA else geometry.weights_bytes_host
-        return ModelPlan(identity, key, str(path), weights, geometry)
+        return ModelPlan(identity, key, str(path), kind, weights, geometry)
 
     def _locate(self, model: str) -> tuple[ModelKey, Path]:
         configured = self._config.models.get(model)

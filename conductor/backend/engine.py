@@ -18,9 +18,9 @@ from conductor.backend.kv_store import Blob, KvStore
 from conductor.backend.llama import Context, Llama, LlamaError, Model
 from conductor.backend.turn import TurnOrder, TurnOutcome, run_turn
 from conductor.config import Config
-from conductor.core.events import ModelId, ModelPlan
+from conductor.core.estimate import ModelPlan
 from conductor.errors import DecodeFailed, ModelLoadFailed
-from conductor.types import AgentId, ContextSpec, DeviceKind, HostMemoryStatus, KvPlace
+from conductor.types import AgentId, ContextSpec, DeviceKind, HostMemoryStatus, KvPlace, ModelId
 
 
 @dataclass(frozen=True, slots=True)

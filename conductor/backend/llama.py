@@ -119,8 +119,7 @@ class Llama:
             base = get_base(buffer)
         if base is None:
             return np.empty(size, np.uint8), False
-        view = (ctypes.c_uint8 * size).from_address(base)
-        return np.frombuffer(view, np.uint8), True
+        return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(base)), True
 
 
 _GPU_DEVICE = 1  # GGML_BACKEND_DEVICE_TYPE_GPU
@@ -222,7 +221,9 @@ class Model:
 class Context:
     """A live `llama_context` that holds one sequence."""
 
-    def __init__(self, llama: Llama, model: Model, model_handle: Any, kind: DeviceKind, spec: ContextSpec, *, n_threads: int) -> None:
+    def __init__(
+        self, llama: Llama, model: Model, model_handle: Any, kind: DeviceKind, spec: ContextSpec, *, n_threads: int
+    ) -> None:
         params = ll.llama_context_default_params()
         params.n_ctx = spec.window
         params.n_batch = min(spec.n_batch, spec.window)
@@ -259,7 +260,7 @@ class Context:
         for start in range(0, len(tokens), self._n_batch):
             if stopped():
                 return start
-            part = tokens[start : start + self._n_batch]
+            part: Any = list(tokens[start : start + self._n_batch])
             self._tokens[: len(part)] = part
             self._decode(ll.llama_batch_get_one(self._tokens, len(part)))
         return len(tokens)
@@ -272,7 +273,8 @@ class Context:
     def _decode(self, batch: Any) -> None:
         code = ll.llama_decode(self.handle, batch)
         if code != 0:
-            raise self._llama.complaint({1: "no room in the KV cache", -1: "invalid batch"}.get(code, f"llama_decode gave {code}"))
+            meaning = {1: "no room in the KV cache", -1: "invalid batch"}
+            raise self._llama.complaint(meaning.get(code, f"llama_decode gave {code}"))
 
     def sample(self, sampler: Sampler) -> int:
         """The next token, from the logits of the last one decoded."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from conductor.core.events import AgentSpec, ModelId, ModelPlan, RequestId, TurnId
+from conductor.core.estimate import ModelPlan
+from conductor.core.events import AgentSpec, RequestId, TurnId
 from conductor.errors import ConductorError
-from conductor.types import AgentId, ContextSpec, ReservationId
+from conductor.types import AgentId, ContextSpec, ModelId, ReservationId
 
 
 @dataclass(frozen=True, slots=True)

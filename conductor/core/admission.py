@@ -12,7 +12,7 @@ import heapq
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from conductor.core.events import ModelId
+from conductor.types import ModelId
 
 
 class Outcome(enum.IntEnum):

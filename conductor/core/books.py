@@ -12,11 +12,11 @@ from dataclasses import replace
 from conductor.core import admission
 from conductor.core.admission import Decision, Outcome
 from conductor.core.estimate import context_bytes
-from conductor.core.events import AgentSpec, ModelId
+from conductor.core.events import AgentSpec
 from conductor.core.ledger import Ledger, OverCap
 from conductor.core.sessions import Agent, LiveContext
 from conductor.errors import AdmissionRefused, InternalError, Refusal, RefusalCode
-from conductor.types import AgentId, ContextSpec, Kind, OwnerId, ReservationId
+from conductor.types import AgentId, ContextSpec, Kind, ModelId, OwnerId, ReservationId
 
 
 class Books:
@@ -80,7 +80,8 @@ class Books:
 
         def fits(window: int) -> bool:
             context = replace(spec.context, window=window)
-            smaller = replace(spec, context=context, context_bytes=context_bytes(spec.model.geometry, context))
+            price = context_bytes(spec.model.geometry, context, device=spec.model.device)
+            smaller = replace(spec, context=context, context_bytes=price)
             return self.decide(smaller, weights_are_booked=weights_are_booked).outcome is Outcome.FIT
 
         requested = self.decide(spec, weights_are_booked=weights_are_booked).requested_bytes

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from conductor.types import ContextSpec, DeviceKind
+from conductor.types import ContextSpec, DeviceKind, ModelId, ModelKey
 
 #: On the compute estimate, for the architectures that its terms were fitted to and for all others.
 #: MEASURED_HERE
@@ -29,6 +29,7 @@ CELL_MULTIPLE = 256
 
 F32_BYTES = 4
 F16_BYTES = 2
+INDEX_BYTES = 8
 
 #: elements in a block and bytes of a block, by KV type
 KV_BLOCKS: dict[str, tuple[int, int]] = {"f32": (1, 4), "f16": (1, 2), "q8_0": (32, 34), "q4_0": (32, 18)}
@@ -60,6 +61,18 @@ class Geometry:
         return max(self.n_kv_heads, default=0) * (self.head_dim_k + self.head_dim_v)
 
 
+@dataclass(frozen=True, slots=True)
+class ModelPlan:
+    """A model file as its header describes it."""
+
+    id: ModelId
+    key: ModelKey
+    path: str
+    device: DeviceKind  #: what the bytes are counted for
+    weights_bytes: int
+    geometry: Geometry
+
+
 def context_bytes(geometry: Geometry, spec: ContextSpec, *, device: DeviceKind = DeviceKind.CUDA) -> int:
     """Bytes of a live context: KV cache, recurrent state and compute buffers."""
     return kv_bytes(geometry, spec) + geometry.recurrent_bytes_per_sequence + compute_bytes(geometry, spec, device=device)
@@ -82,7 +95,7 @@ def compute_bytes(geometry: Geometry, spec: ContextSpec, *, device: DeviceKind =
         _output_bytes(geometry),
         *(_attention_bytes(geometry, spec, cells=cells, device=device) for cells in caches),
     )
-    total = widest + _mask_bytes(spec, caches) + _rotation_bytes(geometry, spec) + _recurrent_bytes(geometry)
+    total = widest + _input_bytes(geometry, spec, caches) + _rotation_bytes(geometry, spec) + _recurrent_bytes(geometry)
     margin = MARGIN if geometry.architecture in FITTED_ARCHITECTURES else MARGIN_OTHER
     return int(total * margin) + SLACK_BYTES
 
@@ -124,7 +137,7 @@ def _output_bytes(geometry: Geometry) -> int:
 
 def _attention_bytes(geometry: Geometry, spec: ContextSpec, *, cells: int, device: DeviceKind) -> int:
     queries = geometry.n_head * max(geometry.head_dim_k, geometry.head_dim_v)
-    total = _tokens(spec) * F32_BYTES * (4 * geometry.n_embd + 3 * queries + geometry.kv_width)
+    total = _tokens(spec) * F32_BYTES * (4 * geometry.n_embd + 2 * queries + geometry.kv_width // 2)
     if not spec.flash_attention:
         return total + _tokens(spec) * cells * geometry.n_head * F32_BYTES  # the scores of all heads
     if spec.kv_type == "f32" or (spec.kv_type != "f16" and device is DeviceKind.CUDA):
@@ -132,8 +145,12 @@ def _attention_bytes(geometry: Geometry, spec: ContextSpec, *, cells: int, devic
     return total
 
 
-def _mask_bytes(spec: ContextSpec, caches: list[int]) -> int:
-    return _tokens(spec) * sum(caches) * (F16_BYTES if spec.flash_attention else F32_BYTES)
+def _input_bytes(geometry: Geometry, spec: ContextSpec, caches: list[int]) -> int:
+    """For each cache a mask; without flash attention V is stored transposed, which takes an index for each element too."""
+    if spec.flash_attention:
+        return _tokens(spec) * sum(caches) * F16_BYTES
+    v_width = max(geometry.n_kv_heads, default=0) * geometry.head_dim_v
+    return _tokens(spec) * (sum(caches) * F32_BYTES + len(caches) * v_width * INDEX_BYTES)
 
 
 def _rotation_bytes(geometry: Geometry, spec: ContextSpec) -> int:

@@ -9,25 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NewType, TypeAlias
 
-from conductor.core.estimate import Geometry
+from conductor.core.estimate import ModelPlan
 from conductor.errors import ConductorError
-from conductor.types import AgentId, ContextSpec, KvPlace, ModelKey, OwnerId, ReservationId
+from conductor.types import AgentId, ContextSpec, KvPlace, ModelId, OwnerId, ReservationId
 
-#: What makes two names the same model: the file itself, not its path.
-ModelId = NewType("ModelId", str)
 TurnId = NewType("TurnId", int)
 RequestId = NewType("RequestId", int)
-
-
-@dataclass(frozen=True, slots=True)
-class ModelPlan:
-    """A model file as its header describes it."""
-
-    id: ModelId
-    key: ModelKey
-    path: str
-    weights_bytes: int  #: on this device
-    geometry: Geometry
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,6 +47,8 @@ class Ledger:
         self._origins: dict[ReservationId, ReservationId] = {}
         self._ids = itertools.count(1)
         self._prefix = prefix
+        #: grows with every change of a size: equal means that nothing was booked in between
+        self.revision = 0
 
     @property
     def cap_bytes(self) -> int:
@@ -71,6 +73,7 @@ class Ledger:
         self._require(bytes >= 0, f"{id} resized to {bytes} bytes")
         self._require_room(bytes - self.size(id))
         self._bytes[id] = bytes
+        self.revision += 1
 
     def release(self, id: ReservationId) -> int:
         """Give a reservation's bytes back; returns how many. Raises UnknownReservation."""
@@ -78,6 +81,7 @@ class Ledger:
         self._require(id not in self._origins, f"{id} is a part of {self._origins.get(id)}: join it instead")
         self._require(id not in self._origins.values(), f"{id} released while parts of it are in use")
         del self._bytes[id], self._titles[id]
+        self.revision += 1
         return size
 
     def split(self, id: ReservationId, holder: str, kind: Kind, bytes: int) -> ReservationId:
@@ -94,6 +98,7 @@ class Ledger:
         self._require(id in self._origins, f"{id} was not split from anything")
         self._bytes[self._origins.pop(id)] += size
         del self._bytes[id], self._titles[id]
+        self.revision += 1
         return size
 
     def size(self, id: ReservationId) -> int:
@@ -130,6 +135,7 @@ class Ledger:
         self._require(bool(holder), "a reservation without a holder")
         id = ReservationId(f"{self._prefix}{next(self._ids)}")
         self._bytes[id], self._titles[id] = bytes, _Title(holder, kind)
+        self.revision += 1
         return id
 
     def _require_room(self, more: int) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from conductor.core.events import ModelPlan, RequestId
+from conductor.core.estimate import ModelPlan
+from conductor.core.events import RequestId
 from conductor.errors import InternalError
 from conductor.types import ModelState, ReservationId
 

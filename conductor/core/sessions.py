@@ -5,9 +5,9 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
-from conductor.core.events import AgentSpec, ModelId, RequestId, TurnId
+from conductor.core.events import AgentSpec, RequestId, TurnId
 from conductor.errors import InternalError
-from conductor.types import AgentId, KvPlace, ReservationId
+from conductor.types import AgentId, KvPlace, ModelId, ReservationId
 
 
 class Stage(enum.Enum):

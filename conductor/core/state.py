@@ -1,7 +1,7 @@
 """The conductor's state machine: `handle(event) -> actions`.
 
-Covers registrations, models, turns and other tasks' reservations, and books every byte of them. One writer, no locks:
-the shell calls `handle` from one thread, and each call leaves the books complete.
+Covers registrations, models and other tasks' reservations, and books every byte of them; turns are `rotation`'s. One
+writer, no locks: the shell calls `handle` from one thread, and each call leaves the books complete.
 
 What is booked, and when:
 - a model's weights when its first agent is admitted, released when its unload is confirmed;
@@ -14,24 +14,24 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from conductor.core import actions, events, turns
+from conductor.core import actions, events
 from conductor.core.admission import Decision, Outcome
 from conductor.core.books import Books
-from conductor.core.events import AgentSpec, ModelId, TurnId
+from conductor.core.events import AgentSpec
 from conductor.core.ledger import Ledger, OverCap
 from conductor.core.residency import Model
-from conductor.core.sessions import Agent, LiveContext, Phase, Stage, Turn
+from conductor.core.rotation import Rotation
+from conductor.core.sessions import Agent, Phase, Stage
 from conductor.core.waitlist import Waitlist
 from conductor.errors import (
     AdmissionRefused,
     DuplicateAgent,
     InternalError,
     RefusalCode,
-    TurnCancelled,
     UnknownAgent,
     UnknownReservation,
 )
-from conductor.types import AgentId, Kind, KvPlace, ModelState
+from conductor.types import AgentId, Kind, ModelId, ModelState
 
 
 class State:
@@ -41,13 +41,11 @@ class State:
         self.ledger = Ledger(cap_bytes, prefix=id_prefix)
         self.agents: dict[AgentId, Agent] = {}
         self.models: dict[ModelId, Model] = {}
-        self.turns: dict[TurnId, Turn] = {}  #: in the order of arrival
         self.waitlist = Waitlist(limit=waitlist_limit)
         self.books = Books(self.ledger, self.agents, live_contexts=live_contexts)
-        self.live_contexts = live_contexts
+        self.rotation = Rotation(self.agents, self.books, live_contexts=live_contexts)
         #: registrations for a model that is being unloaded; taken up again when it is gone
         self._deferred: list[events.RegisterRequested] = []
-        self._turns_begun = 0
         self._handlers: dict[type, Callable[[Any], Iterable[actions.Action]]] = {
             events.RegisterRequested: self._on_register,
             events.RegisterAbandoned: self._on_register_abandoned,
@@ -56,12 +54,12 @@ class State:
             events.ModelUnloaded: self._on_model_unloaded,
             events.UnregisterRequested: self._on_unregister,
             events.OwnerDied: self._on_owner_died,
-            events.TurnRequested: self._on_turn,
-            events.TurnAbandoned: self._on_turn_abandoned,
-            events.TurnFinished: self._on_turn_finished,
-            events.ContextOpened: self._on_context_opened,
-            events.ContextOpenFailed: self._on_context_open_failed,
-            events.ContextClosed: self._on_context_closed,
+            events.TurnRequested: self.rotation.on_turn,
+            events.TurnAbandoned: self.rotation.on_turn_abandoned,
+            events.TurnFinished: self.rotation.on_turn_finished,
+            events.ContextOpened: self.rotation.on_context_opened,
+            events.ContextOpenFailed: self.rotation.on_context_open_failed,
+            events.ContextClosed: self.rotation.on_context_closed,
             events.ReserveRequested: self._on_reserve,
             events.ReleaseRequested: self._on_release,
         }
@@ -69,8 +67,9 @@ class State:
     def handle(self, event: events.Event) -> list[actions.Action]:
         """Take in one event and return what is to be done about it, in order."""
         todo = list(self._handlers[type(event)](event))
+        todo += self._see_off()
         todo += self._admit_waiting()
-        todo += self._schedule()
+        todo += self.rotation.schedule()
         return todo
 
     def book_overhead(self, holder: str, bytes: int) -> None:
@@ -117,7 +116,8 @@ class State:
     def _admit(self, agent: Agent) -> actions.Admit:
         agent.stage = Stage.ADMITTED
         weights = self.ledger.size(self.models[agent.model_id].reservation)
-        return actions.Admit(agent.registration, agent.spec, weights, self.books.price(agent.spec), agent.charged_bytes, agent.loads_model)
+        context = self.books.price(agent.spec)
+        return actions.Admit(agent.registration, agent.spec, weights, context, agent.charged_bytes, agent.loads_model)
 
     def _on_register_abandoned(self, event: events.RegisterAbandoned) -> list[actions.Action]:
         if (waiting := self.waitlist.remove(event.request_id)) is not None:
@@ -217,25 +217,21 @@ class State:
         return todo
 
     def _leave(self, agent: Agent) -> list[actions.Action]:
-        """Start an agent's departure; it is over when its context is closed."""
+        """Start an agent's departure: it gets no more turns, and `_see_off` takes it from there."""
         if agent.stage is Stage.LEAVING:
             return []
         agent.stage = Stage.LEAVING
-        todo: list[actions.Action] = []
-        for turn in [turn for turn in self.turns.values() if turn.agent_id == agent.id]:
-            if turn.running:
-                todo.append(actions.StopTurn(turn.id))
-            else:
-                del self.turns[turn.id]
-                todo.append(actions.FailTurn(turn.id, TurnCancelled(agent.id, "the agent was unregistered")))
-        return todo + self._go(agent)
+        return self.rotation.cancel_all(agent)
 
-    def _go(self, agent: Agent) -> list[actions.Action]:
-        """Take the next step of a departure."""
-        if agent.phase is Phase.READY:
-            agent.become("closing")
-            return [actions.CloseContext(agent.id, save=False)]
-        return [] if agent.live else self._forget(agent)
+    def _see_off(self) -> list[actions.Action]:
+        """Take the next step of every departure: close the context once its turn is over, then forget the agent."""
+        todo: list[actions.Action] = []
+        for agent in [agent for agent in self.agents.values() if agent.stage is Stage.LEAVING]:
+            if agent.phase is Phase.READY:
+                todo.append(self.rotation.drop(agent))
+            elif agent.live is None:
+                todo += self._forget(agent)
+        return todo
 
     def _forget(self, agent: Agent) -> list[actions.Action]:
         del self.agents[agent.id]
@@ -246,107 +242,6 @@ class State:
             return todo + [actions.AnswerUnregister(leaver) for leaver in agent.leavers]
         model.leavers += agent.leavers
         return todo + (self._unload(model) if model.state is ModelState.RESIDENT else [])
-
-    # --- turns ------------------------------------------------------------------------------------------------------
-
-    def _on_turn(self, event: events.TurnRequested) -> list[actions.Action]:
-        agent = self.agents.get(event.agent_id)
-        if agent is None or agent.stage is not Stage.ADMITTED:
-            return [actions.FailTurn(event.turn_id, UnknownAgent(event.agent_id))]
-        self.turns[event.turn_id] = Turn(event.turn_id, event.agent_id)
-        return []
-
-    def _on_turn_abandoned(self, event: events.TurnAbandoned) -> list[actions.Action]:
-        turn = self.turns.get(event.turn_id)
-        if turn is None:
-            return []
-        if turn.running:
-            return [actions.StopTurn(turn.id)]
-        del self.turns[turn.id]
-        return [actions.FailTurn(turn.id, TurnCancelled(turn.agent_id, "the caller went away"))]
-
-    def _on_turn_finished(self, event: events.TurnFinished) -> list[actions.Action]:
-        agent = self.agents[self.turns.pop(event.turn_id).agent_id]
-        agent.tokens = event.tokens
-        agent.become("turn ended")
-        return self._go(agent) if agent.stage is Stage.LEAVING else []
-
-    def _schedule(self) -> list[actions.Action]:
-        """Carry out `turns.plan_turns` on the books; the shell does the rest."""
-        waiting = [turn for turn in self.turns.values() if not turn.running]
-        if not waiting:
-            return []
-        waiting.sort(key=lambda turn: -self.agents[turn.agent_id].spec.priority)
-        queue = [turns.WaitingTurn(turn.id, turn.agent_id, self.agents[turn.agent_id].model_id) for turn in waiting]
-        places = [turns.Place(a.id, a.model_id, a.live.phase, a.last_turn) for a in self.agents.values() if a.live]
-        return [self._take(step) for step in turns.plan_turns(queue, places, live_contexts=self.live_contexts)]
-
-    def _take(self, step: turns.Step) -> actions.Action:
-        agent = self.agents[step.agent_id]
-        match step:
-            case turns.Start(turn_id):
-                return self._start(agent, self.turns[turn_id])
-            case turns.Open(turn_id):
-                agent.live = LiveContext(Phase.OPENING, self.books.take(agent), turn_id)
-                return actions.OpenContext(agent.id, agent.spec.context, agent.model_id)
-            case turns.Close(_, for_turn):
-                agent.become("closing")
-                self._live(agent).turn = for_turn
-                return actions.CloseContext(agent.id, save=True)
-
-    def _start(self, agent: Agent, turn: Turn) -> actions.RunTurn:
-        agent.become("turn began")
-        self._turns_begun += 1
-        agent.last_turn, agent.turns = self._turns_begun, agent.turns + 1
-        turn.running = True
-        return actions.RunTurn(turn.id, agent.id, turn.evicted, turn.restored, turn.swap_bytes)
-
-    # --- contexts ---------------------------------------------------------------------------------------------------
-
-    def _on_context_opened(self, event: events.ContextOpened) -> list[actions.Action]:
-        agent = self.agents[event.agent_id]
-        turn = self._turn_of(agent)
-        agent.become("opened")
-        agent.place, agent.host_bytes = KvPlace.SLOT, 0
-        try:
-            self.books.correct(agent, self._live(agent), event.context_bytes)
-        except OverCap as excess:
-            return self._close_oversized(agent, turn, excess)
-        if turn is not None:
-            turn.restored = event.restored_bytes > 0
-            turn.swap_bytes += event.restored_bytes
-        return self._go(agent) if agent.stage is Stage.LEAVING else []
-
-    def _close_oversized(self, agent: Agent, turn: Turn | None, excess: OverCap) -> list[actions.Action]:
-        todo: list[actions.Action] = []
-        if turn is not None and turn.id in self.turns:
-            del self.turns[turn.id]
-            todo.append(actions.FailTurn(turn.id, self.books.refuse(RefusalCode.CAP, excess.requested_bytes)))
-        agent.become("closing")
-        return [*todo, actions.CloseContext(agent.id, save=agent.stage is not Stage.LEAVING)]
-
-    def _on_context_open_failed(self, event: events.ContextOpenFailed) -> list[actions.Action]:
-        agent = self.agents[event.agent_id]
-        turn = self._turn_of(agent)
-        self.books.give_back(self._live(agent))
-        agent.become("open failed")
-        agent.place = event.place
-        todo: list[actions.Action] = []
-        if turn is not None:
-            del self.turns[turn.id]
-            todo.append(actions.FailTurn(turn.id, event.error))
-        return todo + (self._go(agent) if agent.stage is Stage.LEAVING else [])
-
-    def _on_context_closed(self, event: events.ContextClosed) -> list[actions.Action]:
-        agent = self.agents[event.agent_id]
-        turn = self._turn_of(agent)
-        if turn is not None and agent.tokens:
-            turn.evicted = agent.id
-            turn.swap_bytes += event.saved_bytes
-        self.books.give_back(self._live(agent))
-        agent.become("closed")
-        agent.place, agent.host_bytes = event.place, event.saved_bytes
-        return self._go(agent) if agent.stage is Stage.LEAVING else []
 
     # --- other tasks' bytes -----------------------------------------------------------------------------------------
 
@@ -370,31 +265,12 @@ class State:
     def _is_known(self, agent_id: AgentId) -> bool:
         return agent_id in self.agents or any(w.agent.id == agent_id for w in (*self.waitlist, *self._deferred))
 
-    def _live(self, agent: Agent) -> LiveContext:
-        if agent.live is None:
-            raise InternalError(f"{agent.id} has no live context")
-        return agent.live
-
-    def _turn_of(self, agent: Agent) -> Turn | None:
-        """The turn that the agent's context was opened or closed for, unless it is gone by now."""
-        turn = self._live(agent).turn
-        return self.turns.get(turn) if turn is not None else None
-
     def check(self) -> None:
         """Raise InternalError unless the books and the records agree."""
         self.books.check(model.reservation for model in self.models.values())
-        live = [agent for agent in self.agents.values() if agent.live]
+        self.rotation.check()
         used = {agent.model_id for agent in self.agents.values()}
-        resident = {id for id, model in self.models.items() if model.state is ModelState.RESIDENT}
-        running = [turn.agent_id for turn in self.turns.values() if turn.running]
-        busy = [agent.id for agent in live if agent.phase is Phase.BUSY]
-        for holds, story in (
-            (len(live) <= self.live_contexts, f"{len(live)} live contexts, {self.live_contexts} allowed"),
-            (len({agent.model_id for agent in live}) == len(live), "two live contexts of one model"),
-            (used <= self.models.keys(), "an agent without its model"),
-            (resident <= used, "a resident model that nobody uses"),
-            (sorted(running) == sorted(busy), "running turns and busy contexts differ"),
-            (all(turn.agent_id in self.agents for turn in self.turns.values()), "a turn of a stranger"),
-        ):
-            if not holds:
-                raise InternalError(story)
+        if not used <= self.models.keys():
+            raise InternalError("an agent without its model")
+        if any(model.state is ModelState.RESIDENT and id not in used for id, model in self.models.items()):
+            raise InternalError("a resident model that nobody uses")

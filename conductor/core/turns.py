@@ -17,9 +17,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from conductor.core.events import ModelId, TurnId
+from conductor.core.events import TurnId
 from conductor.core.sessions import Phase
-from conductor.types import AgentId
+from conductor.types import AgentId, ModelId
 
 
 @dataclass(frozen=True, slots=True)

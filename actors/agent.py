@@ -1,0 +1,113 @@
+"""An agent as a Ray actor: registers itself, talks, and is taken back by the conductor when its process dies."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import ray
+from ray.exceptions import RayTaskError
+
+from actors.conductor_actor import STREAM_BACKPRESSURE
+from actors.connection import connect, own
+from actors.deaths import Owner
+from conductor.types import Admission, Chunk, DecodeResult
+
+
+class AgentProcess:
+    """One agent and its chat. Keeps the messages; the conductor keeps the tokens and their KV.
+
+    `system` opens every conversation. The options of `ask` and `stream` are those of the conductor's decode.
+    """
+
+    def __init__(
+        self,
+        conductor: Any,
+        agent_id: str,
+        model: str,
+        *,
+        window: int | None = None,
+        priority: int = 0,
+        wait_s: float = 0,
+        system: str | None = None,
+    ) -> None:
+        self._conductor, self._id, self._model = conductor, agent_id, model
+        self._terms = {"window": window, "priority": priority, "wait_s": wait_s}
+        self._opening = [{"role": "system", "content": system}] if system else []
+        self._messages: list[dict[str, str]] = list(self._opening)
+        self._admission: Admission | None = None
+        self._one_turn = asyncio.Lock()
+
+    async def admission(self) -> Admission:
+        """Register on the first call; afterwards what was promised. Raises what the conductor's register raises."""
+        if self._admission is None:
+            call = self._conductor.register.remote(self._id, self._model, owner=Owner.current(), **self._terms)
+            self._admission = await _result(call)
+        return self._admission
+
+    async def ask(self, text: str, *, fresh: bool = False, **options: Any) -> DecodeResult:
+        """Say something and get the answer. `fresh` begins a new conversation. A failed turn leaves no message behind."""
+        async with self._one_turn:
+            await self.admission()
+            messages = self._with(text, fresh)
+            result: DecodeResult = await _result(self._conductor.decode.remote(self._id, messages=messages, **options))
+            self._messages = [*messages, {"role": "assistant", "content": result.text}]
+            return result
+
+    @ray.method(_generator_backpressure_num_objects=STREAM_BACKPRESSURE)
+    async def stream(self, text: str, *, fresh: bool = False, **options: Any) -> AsyncIterator[Chunk | DecodeResult]:
+        """`ask` with the answer as it is made, the DecodeResult last."""
+        async with self._one_turn:
+            await self.admission()
+            messages = self._with(text, fresh)
+            turn = self._conductor.stream.remote(self._id, messages=messages, **options)
+            try:
+                async for reference in turn:
+                    item = await _result(reference)
+                    if isinstance(item, DecodeResult):
+                        self._messages = [*messages, {"role": "assistant", "content": item.text}]
+                    yield item
+            finally:
+                ray.cancel(turn)
+
+    async def messages(self) -> list[dict[str, str]]:
+        """The conversation so far."""
+        return list(self._messages)
+
+    async def close(self) -> None:
+        """Unregister. The actor itself ends when its handle goes."""
+        async with self._one_turn:
+            if self._admission is not None:
+                await _result(self._conductor.unregister.remote(self._id))
+                self._admission = None
+
+    def _with(self, text: str, fresh: bool) -> list[dict[str, str]]:
+        return [*(self._opening if fresh else self._messages), {"role": "user", "content": text}]
+
+
+async def _result(reference: Any) -> Any:
+    """Await a call of the conductor; its errors become plain again, so that Ray does not wrap them twice."""
+    try:
+        return await reference
+    except RayTaskError as error:
+        raise own(error) from None
+
+
+_OPTIONS: dict[str, Any] = {"num_cpus": 0}
+AgentActor: Any = ray.remote(**_OPTIONS)(AgentProcess)
+
+
+def spawn_agent(agent_id: str, model: str, *, conductor: Any = None, **terms: Any) -> Any:
+    """Start an agent in a process of its own and register it; returns the actor's handle.
+
+    `terms`: window, priority, wait_s, system. Raises what the conductor's register raises, with nothing left behind.
+    """
+    conductor = connect() if conductor is None else conductor
+    agent = AgentActor.remote(conductor, agent_id, model, **terms)
+    try:
+        ray.get(agent.admission.remote())
+    except RayTaskError as error:
+        ray.kill(agent)
+        raise own(error) from None
+    return agent

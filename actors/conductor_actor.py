@@ -1,0 +1,214 @@
+"""The actor around the plain conductor: what is Ray's about it, and nothing else.
+
+An async actor: calls interleave on one loop, llama.cpp runs in threads, so `status` answers while others decode.
+Detached, so that it outlives the program that made it and its placement groups vanish with it; named, so that others
+find it. Ray restarts it if it dies; its books are empty then, as the device is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import secrets
+from collections.abc import AsyncIterator
+from typing import Any
+
+import ray
+
+from actors.deaths import DeathWatch, Owner
+from actors.leases import Lease, LeaseMirror
+from conductor.config import Config
+from conductor.errors import InvalidRequest
+from conductor.gpu_conductor import GpuConductor as PlainConductor
+from conductor.types import (
+    Admission,
+    AgentStatus,
+    Chunk,
+    DecodeResult,
+    LedgerStatus,
+    MirrorState,
+    MirrorStatus,
+    OwnerId,
+    ReservationId,
+    Status,
+)
+from conductor.units import MIB
+
+#: Chunks that Ray holds for a reader before the stream waits for it. Set at all, it also ends streams of dead readers.
+STREAM_BACKPRESSURE = 32
+
+
+class GpuConductorActor:
+    """Owns the device of its node and admits agents to it. `ray.get(conductor.help.remote())` tells what can be called."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._conductor = PlainConductor(config, on_change=self._mirror_ledger)
+        self._mirror = LeaseMirror(config.ray.resource, prefix=f"{secrets.token_hex(3)}-") if config.ray.mirror else None
+        self._deaths = DeathWatch(self._owner_died)
+        self._starting: asyncio.Task[None] | None = None
+        self._watching: asyncio.Task[None] | None = None
+
+    async def ready(self) -> str:
+        """Take the device; returns what was taken and why. Raises ConfigError."""
+        await self._ready()
+        device = (await self._conductor.status()).device
+        return f"{device.name} ({device.chosen})"
+
+    async def _ready(self) -> None:
+        if self._starting is None:
+            self._starting = asyncio.create_task(self._start())
+        await asyncio.shield(self._starting)
+
+    async def _start(self) -> None:
+        await self._conductor.start()
+        if self._mirror is not None:
+            await self._mirror.start(self._conductor.cap_bytes // MIB)
+        self._mirror_ledger()
+        self._watching = asyncio.create_task(self._deaths.run())
+
+    def _mirror_ledger(self) -> None:
+        if self._mirror is not None:
+            bookings = self._conductor.bookings().items()
+            self._mirror.want({id: Lease(label, size) for id, (label, size) in bookings})
+
+    def _owner_died(self, owner: OwnerId, why: str) -> None:
+        self._conductor.owner_died(owner)
+
+    def _watch(self, owner: Owner | None) -> OwnerId | None:
+        if owner is None:
+            return None
+        self._deaths.watch(owner)
+        return owner.worker_id
+
+    # --- public calls -----------------------------------------------------------------------------------------------
+
+    async def register(
+        self,
+        agent_id: str,
+        model: str,
+        *,
+        window: int | None = None,
+        priority: int = 0,
+        wait_s: float = 0,
+        owner: Owner | None = None,
+    ) -> Admission:
+        """Admit an agent with `window` tokens of `model` (a configured key, or a path in an allowed directory).
+
+        With `wait_s` it waits that long for room. `owner` (`Owner.current()`): the process it dies with; without one it
+        stays until unregistered. Raises InvalidRequest, ModelError, AdmissionRefused: nothing is booked then.
+        """
+        await self._ready()
+        return await self._conductor.register(
+            agent_id, model, window=window, priority=priority, wait_s=wait_s, owner=self._watch(owner)
+        )
+
+    async def unregister(self, agent_id: str) -> None:
+        """Let an agent go; its bytes are back when this returns, its model's too if it was the last user."""
+        await self._ready()
+        await self._conductor.unregister(agent_id)
+
+    async def decode(self, agent_id: str, prompt: str | None = None, **options: Any) -> DecodeResult:
+        """One turn of an agent's conversation: `prompt` continues it as raw text, `messages=[{role, content}, …]` as a chat.
+
+        Options: max_tokens, temperature (0 is greedy), top_k, top_p, min_p, seed, stop, reset, context_shift.
+        Raises InvalidRequest, UnknownAgent, WindowFull, ModelError, DecodeFailed.
+        """
+        await self._ready()
+        return await self._conductor.decode(agent_id, prompt, **_checked(options))
+
+    @ray.method(_generator_backpressure_num_objects=STREAM_BACKPRESSURE)
+    async def stream(self, agent_id: str, prompt: str | None = None, **options: Any) -> AsyncIterator[Chunk | DecodeResult]:
+        """`decode` as a streaming generator: chunks of text as they are made, the DecodeResult last.
+
+        Cancel it (`ray.cancel`) to end the turn early; `actors.stream` does so when its reader stops.
+        """
+        await self._ready()
+        turn = self._conductor.stream(agent_id, prompt, **_checked(options))
+        try:
+            async for item in turn:
+                yield item
+        finally:
+            await turn.aclose()  # type: ignore[attr-defined]
+
+    async def reserve(self, holder: str, bytes: int, *, owner: Owner | None = None) -> ReservationId:
+        """Book device memory for any other task of this node; returns the id to release. Raises AdmissionRefused."""
+        await self._ready()
+        return await self._conductor.reserve(holder, bytes, owner=self._watch(owner))
+
+    async def release(self, reservation_id: str) -> int:
+        """Give a reservation back; returns its bytes. Raises UnknownReservation."""
+        await self._ready()
+        return await self._conductor.release(reservation_id)
+
+    async def status(self) -> Status:
+        """Device, ledger, models, agents, waiting registrations, host memory and Ray's figures beside the ledger's."""
+        await self._ready()
+        return await self._conductor.status(await self._mirror_status())
+
+    async def list(self) -> tuple[AgentStatus, ...]:
+        """The agents, in the order of their admission."""
+        await self._ready()
+        return await self._conductor.list()
+
+    async def ledger(self) -> LedgerStatus:
+        """Cap, booked bytes and every reservation."""
+        await self._ready()
+        return (await self._conductor.status()).ledger
+
+    async def mirrored(self, timeout_s: float = 2.0) -> MirrorStatus:
+        """Wait until Ray's accounting equals the ledger, at most `timeout_s`; returns how they compare."""
+        await self._ready()
+        if self._mirror is not None:
+            await self._mirror.settled(timeout_s)
+        return await self._mirror_status()
+
+    async def check(self) -> None:
+        """Raise InternalError unless every byte and every state is accounted for."""
+        await self._ready()
+        self._conductor.check()
+
+    async def help(self) -> str:
+        """The calls and what they are for."""
+        return "\n\n".join(_described(name, call) for name, call in _public_calls())
+
+    async def close(self) -> None:
+        """Let everything go, Ray's placement groups included; the actor may be killed then."""
+        await self._conductor.close()
+        if self._watching is not None:
+            self._watching.cancel()
+        if self._mirror is not None:
+            await self._mirror.stop()
+
+    async def _mirror_status(self) -> MirrorStatus:
+        if self._mirror is not None:
+            return await self._mirror.status()
+        booked = sum(size for _, size in self._conductor.bookings().values()) / MIB
+        return MirrorStatus(MirrorState.UNMIRRORED, self._config.ray.resource, 0, 0, booked, "ray.mirror is false")
+
+
+def _public_calls() -> list[tuple[str, Any]]:
+    return [
+        (name, call)
+        for name, call in vars(GpuConductorActor).items()
+        if not name.startswith("_") and (inspect.iscoroutinefunction(call) or inspect.isasyncgenfunction(call))
+    ]
+
+
+def _described(name: str, call: Any) -> str:
+    parameters = [p for name, p in inspect.signature(call).parameters.items() if name != "self" and not name.startswith("_")]
+    return f"{name}({', '.join(map(str, parameters))})\n    {inspect.getdoc(call) or ''}".replace("\n\n", "\n")
+
+
+def _checked(options: dict[str, Any]) -> dict[str, Any]:
+    """Options of a turn; an unknown one is an InvalidRequest that names it, not a TypeError from within."""
+    known = PlainConductor.decode.__kwdefaults__ or {}
+    for name in options:
+        if name not in known:
+            raise InvalidRequest(name, f"is no option of decode; known: {', '.join(known)}")
+    return options
+
+
+#: All actor options are here. A call that failed with the actor is not run again: a turn or a booking would be done twice.
+_OPTIONS: dict[str, Any] = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": 0, "max_concurrency": 1000}
+GpuConductor: Any = ray.remote(**_OPTIONS)(GpuConductorActor)
