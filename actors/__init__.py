@@ -7,8 +7,8 @@
 
 from actors.agent import AgentActor, spawn_agent
 from actors.conductor_actor import GpuConductor
-from actors.connection import connect, stop
+from actors.connection import connect, find, join_ray, stop
 from actors.deaths import Owner
 from actors.streams import stream
 
-__all__ = ["AgentActor", "GpuConductor", "Owner", "connect", "spawn_agent", "stop", "stream"]
+__all__ = ["AgentActor", "GpuConductor", "Owner", "connect", "find", "join_ray", "spawn_agent", "stop", "stream"]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
+from actors import service as service_file
 from actors.conductor_actor import GpuConductor
 from conductor.config import Config, load_config
 from conductor.errors import ConductorError
@@ -17,15 +19,24 @@ def connect(config: Config | str | os.PathLike[str] | None = None, *, address: s
     """The conductor's handle; Ray and the conductor are started if they are not running.
 
     `config`: a Config, or the path of its file; only a conductor that is started here takes it up. `address`: Ray's, as
-    `ray.init` takes it. Raises ConfigError.
+    `ray.init` takes it; without one, the Ray of `conductor up` if it runs, else what `ray.init` finds or starts.
+    Raises ConfigError.
     """
     settings = load_config(config)
-    if not ray.is_initialized():
-        ray.init(address=address, namespace=settings.ray.namespace, include_dashboard=None, log_to_driver=False)
+    join_ray(address)
     handle = find(settings)
     if handle is not None:
         return handle
     return _start(settings)
+
+
+def join_ray(address: str | None = None) -> None:
+    """Connect this process to Ray, quietly, unless it is connected."""
+    if ray.is_initialized():
+        return
+    service = service_file.running()
+    own_ray = service.address if service is not None and "RAY_ADDRESS" not in os.environ else None
+    ray.init(address=address or own_ray, log_to_driver=False, logging_level=logging.ERROR)
 
 
 def find(config: Config) -> Any | None:

@@ -1,0 +1,1 @@
+"""What people run: agents at work together, the demo, the command line."""

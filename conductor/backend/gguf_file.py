@@ -130,9 +130,10 @@ class _Reader:
             if position > last:
                 break
             position += 8 + unpack(content, position)[0]
-        self.claim(position - self.position)
-        if count and position > last + 8:
-            raise Malformed("truncated: a list of strings ends outside the file")
+        else:
+            self.claim(position - self.position)
+            return
+        raise Malformed("truncated: a list of strings ends outside the file")
 
 
 def parse(content: mmap.mmap | bytes) -> GgufFile:

@@ -1,0 +1,121 @@
+"""A Ray of our own that outlives the command that started it: `conductor up`, and how others find it.
+
+One process, `ray start --head --block`, is started and its pid kept beside its address in a file; ending that process
+ends its Ray and nothing else. Bound to loopback.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+
+from conductor.errors import ConductorError
+
+#: the environment variable that moves the file, for instance for a second service
+ENVIRONMENT = "CONDUCTOR_RUNTIME_DIR"
+_START_WITHIN_S = 60.0
+_STOP_WITHIN_S = 20.0
+
+
+class ServiceFailed(ConductorError):
+    """Ray could not be started, or not be stopped."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(problem)
+        self.problem = problem
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    address: str  #: as `ray.init` takes it
+    pid: int
+    started_at: float  #: the process's start, so that a later process of the same pid is not taken for it
+    config: str | None  #: the configuration file it was started with
+
+
+def runtime_directory() -> Path:
+    """Where the service's file and log are: $CONDUCTOR_RUNTIME_DIR, else the user's runtime directory, else a temporary one."""
+    if chosen := os.environ.get(ENVIRONMENT):
+        return Path(chosen)
+    if base := os.environ.get("XDG_RUNTIME_DIR"):
+        return Path(base) / "vram-conductor"
+    return Path(tempfile.gettempdir()) / f"vram-conductor-{os.getuid()}"
+
+
+def running() -> Service | None:
+    """The service that `up` started, if it still lives."""
+    try:
+        service = Service(**json.loads(_file().read_text("utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+    return service if _process(service) is not None else None
+
+
+def start(config: str | None) -> Service:
+    """Start a Ray that stays. Raises ServiceFailed with the end of its log."""
+    directory = runtime_directory()
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    port = _free_port()
+    command = [
+        sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block",
+        f"--port={port}", "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1",
+    ]  # fmt: skip
+    log = directory / "ray.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    deadline = time.monotonic() + _START_WITHIN_S
+    while "Ray runtime started" not in log.read_text("utf-8", "replace"):
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.terminate()
+            raise ServiceFailed(f"Ray did not start; the end of {log}:\n{_tail(log)}")
+        time.sleep(0.1)
+    service = Service(f"127.0.0.1:{port}", process.pid, psutil.Process(process.pid).create_time(), config)
+    _file().write_text(json.dumps(asdict(service)), "utf-8")
+    return service
+
+
+def stop(service: Service) -> None:
+    """End the service's Ray and wait for it. Raises ServiceFailed if it will not go."""
+    process = _process(service)
+    if process is not None:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(_STOP_WITHIN_S)
+        except psutil.TimeoutExpired:
+            raise ServiceFailed(f"Ray (pid {service.pid}) did not end within {_STOP_WITHIN_S:.0f} s") from None
+    _file().unlink(missing_ok=True)
+
+
+def _file() -> Path:
+    return runtime_directory() / "service.json"
+
+
+def _process(service: Service) -> psutil.Process | None:
+    try:
+        process = psutil.Process(service.pid)
+        alive = process.status() != psutil.STATUS_ZOMBIE and process.create_time() == service.started_at
+    except psutil.NoSuchProcess:
+        return None
+    return process if alive else None
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _tail(log: Path) -> str:
+    return "\n".join(log.read_text("utf-8", "replace").splitlines()[-8:])

@@ -1,0 +1,308 @@
+"""The command line: `conductor`. Each command is a thin layer over `actors`; results are tables, or JSON with --json."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import ray
+import typer
+
+import actors
+from actors import service
+from conductor import __version__
+from conductor.config import Config, load_config
+from conductor.errors import ConductorError, InternalError
+from conductor.types import Chunk, DecodeResult
+from pipelines import demo as demo_pipeline
+from pipelines import estimates, tables
+from pipelines.console import Exit, err, errors, out, print_json, show
+
+app = typer.Typer(
+    name="conductor",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    help="VRAM Conductor: many LLM agents on one GPU, admitted only if their bytes fit.",
+    epilog="Start with [bold]conductor demo[/], or [bold]conductor up[/] and [bold]conductor chat coder[/]. "
+    "Exit codes: 1 failed, 2 bad input, 3 refused, 4 model error.",
+)
+
+ConfigOption = Annotated[
+    Path | None, typer.Option("--config", "-c", help="Configuration file (default: $CONDUCTOR_CONFIG, else the built-in one).")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+WindowOption = Annotated[int | None, typer.Option(help="Tokens the conversation may hold (default: the model's).")]
+PriorityOption = Annotated[int, typer.Option(help="Larger goes first, in the waitlist and for turns.")]
+WaitOption = Annotated[float, typer.Option("--wait", help="Seconds to wait for room before being refused.")]
+MaxTokensOption = Annotated[int, typer.Option(help="The most tokens to make.")]
+TemperatureOption = Annotated[float, typer.Option(help="0 is greedy.")]
+TopKOption = Annotated[int, typer.Option(help="Sample among the K likeliest; 0 is off.")]
+TopPOption = Annotated[float, typer.Option(help="Sample among the likeliest that make up P; 1 is off.")]
+MinPOption = Annotated[float, typer.Option(help="Sample among those at least P times as likely as the likeliest; 0 is off.")]
+SeedOption = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
+StopOption = Annotated[list[str] | None, typer.Option(help="Stop at this text; may be given several times.")]
+
+
+class NotRunning(ConductorError):
+    """A command needs a conductor, and none runs."""
+
+    def __str__(self) -> str:
+        return "no conductor is running; start one with: conductor up"
+
+
+@app.callback(invoke_without_command=True)
+def _global(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        out.print(f"vram-conductor {__version__}")
+        raise typer.Exit
+
+
+def _conductor(config: Config) -> Any:
+    if service.running() is None and "RAY_ADDRESS" not in os.environ:
+        raise NotRunning
+    actors.join_ray()
+    handle = actors.find(config)
+    if handle is None:
+        raise NotRunning
+    return handle
+
+
+@contextlib.contextmanager
+def _session(config: Path | None, *, as_json: bool = False) -> Iterator[Any]:
+    """The running conductor, for the length of a command; errors become messages."""
+    with errors(as_json=as_json):
+        running = service.running()
+        try:
+            yield _conductor(load_config(config or (running.config if running else None)))
+        finally:
+            ray.shutdown()
+
+
+# --- the service --------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def up(config: ConfigOption = None, as_json: JsonOption = False) -> None:
+    """Start Ray and the conductor, and leave them running.
+
+    Example: conductor up --config configs/8gb.yaml
+    """
+    with errors(as_json=as_json):
+        settings = load_config(config)
+        running = service.running()
+        began = running is None and "RAY_ADDRESS" not in os.environ
+        if began:
+            err.print("starting Ray …", style="dim")
+            running = service.start(str(config.resolve()) if config else None)
+        try:
+            handle = actors.connect(settings, address=running.address if running else None)
+            status = ray.get(handle.status.remote())
+        except BaseException:
+            if began and running is not None:
+                service.stop(running)
+            raise
+        show(status, tables.status(status), as_json=as_json)
+        if not as_json:
+            address = running.address if running else os.environ["RAY_ADDRESS"]
+            out.print(f"\nRay at [bold]{address}[/]. Next: [bold]conductor chat coder[/]; stop with [bold]conductor down[/].")
+        ray.shutdown()
+
+
+@app.command()
+def down() -> None:
+    """Stop the conductor, and Ray if `up` started it."""
+    with errors():
+        running = service.running()
+        if running is None and "RAY_ADDRESS" not in os.environ:
+            raise NotRunning
+        with contextlib.suppress(NotRunning):
+            actors.stop(_conductor(load_config(running.config if running else None)))
+        ray.shutdown()
+        if running is not None:
+            service.stop(running)
+        out.print("stopped")
+
+
+# --- agents -------------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def register(
+    agent_id: Annotated[str, typer.Argument(help="A name of your choice.")],
+    model: Annotated[str, typer.Argument(help="A model's key, or a path inside model_dirs.")],
+    window: WindowOption = None,
+    priority: PriorityOption = 0,
+    wait: WaitOption = 0,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Admit an agent; it stays until unregistered. Exit code 3 if it does not fit.
+
+    Example: conductor register ada coder --window 2048
+    """
+    with _session(config, as_json=as_json) as conductor:
+        call = conductor.register.remote(agent_id, _path(model), window=window, priority=priority, wait_s=wait)
+        admission = ray.get(call)
+        show(admission, tables.admissions([admission]), as_json=as_json)
+        for warning in admission.warnings:
+            err.print(f"warning: {warning}", style="yellow")
+
+
+def _path(model: str) -> str:
+    """A path as the conductor must hear it: it does not know where this command runs."""
+    return str(Path(model).absolute()) if model.endswith(".gguf") and Path(model).exists() else model
+
+
+@app.command()
+def unregister(agent_id: str, config: ConfigOption = None) -> None:
+    """Let an agent go; its bytes come back, and its model's if it was the last."""
+    with _session(config) as conductor:
+        ray.get(conductor.unregister.remote(agent_id))
+        out.print(f"unregistered {agent_id}", markup=False)
+
+
+@app.command()
+def decode(
+    agent_id: str,
+    prompt: Annotated[str, typer.Argument(help="Text to continue, or - for standard input.")],
+    chat: Annotated[bool, typer.Option("--chat", help="Send it as a user's message, with the model's own template.")] = False,
+    max_tokens: MaxTokensOption = 128,
+    temperature: TemperatureOption = 0.0,
+    top_k: TopKOption = 40,
+    top_p: TopPOption = 0.95,
+    min_p: MinPOption = 0.05,
+    seed: SeedOption = None,
+    stop: StopOption = None,
+    reset: Annotated[bool, typer.Option("--reset", help="Forget the conversation first.")] = False,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """One turn of a registered agent, its text as it is made.
+
+    Example: conductor decode ada --chat "Write a Python function `is_prime(n)`."
+    """
+    with _session(config, as_json=as_json) as conductor:
+        text = sys.stdin.read() if prompt == "-" else prompt
+        what: dict[str, Any] = {"messages": [{"role": "user", "content": text}]} if chat else {"prompt": text}
+        options: dict[str, Any] = {
+            "max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
+            "seed": seed, "stop": stop or (), "reset": reset,
+        }  # fmt: skip
+        if as_json:
+            print_json(ray.get(conductor.decode.remote(agent_id, **what, **options)).to_json())
+        else:
+            result = _print_stream(actors.stream(conductor, agent_id, **what, **options))
+            err.print(tables.cost(result), style="dim", markup=False)
+
+
+def _print_stream(stream: Iterator[Chunk | DecodeResult]) -> DecodeResult:
+    for item in stream:
+        if isinstance(item, DecodeResult):
+            out.print()
+            return item
+        out.print(item.text, end="", markup=False, soft_wrap=True)
+    raise InternalError("a stream did not end with its result")
+
+
+@app.command()
+def chat(
+    model: Annotated[str, typer.Argument(help="A model's key, or a path inside model_dirs.")],
+    name: Annotated[str | None, typer.Option("--as", help="The agent's id while you talk.")] = None,
+    system: Annotated[str | None, typer.Option(help="A system message to open with.")] = None,
+    window: WindowOption = None,
+    wait: WaitOption = 0,
+    max_tokens: MaxTokensOption = 512,
+    temperature: TemperatureOption = 0.0,
+    config: ConfigOption = None,
+) -> None:
+    """Talk to a model: an agent is registered while you do, and goes when you leave (Ctrl-D).
+
+    Example: conductor chat coder
+    """
+    with _session(config) as conductor:
+        agent_id = name or f"chat-{os.getpid()}"
+        owner = actors.Owner.current()  # if this process is killed, the agent goes with it
+        admission = ray.get(conductor.register.remote(agent_id, _path(model), window=window, wait_s=wait, owner=owner))
+        out.print(f"[dim]{agent_id} on {admission.model}, {admission.window:,} tokens; Ctrl-D ends, /reset begins anew[/]")
+        opening = [{"role": "system", "content": system}] if system else []
+        messages = list(opening)
+        try:
+            while (said := _ask_person()) is not None:
+                if said == "/reset":
+                    messages = list(opening)
+                    continue
+                turn = [*messages, {"role": "user", "content": said}]
+                answer = actors.stream(conductor, agent_id, messages=turn, max_tokens=max_tokens, temperature=temperature)
+                result = _print_stream(answer)
+                messages = [*turn, {"role": "assistant", "content": result.text}]
+                out.print(tables.cost(result), style="dim", markup=False)
+        finally:
+            ray.get(conductor.unregister.remote(agent_id))
+
+
+def _ask_person() -> str | None:
+    while True:
+        try:
+            said = input("> ").strip()
+        except EOFError:
+            return None
+        if said:
+            return said
+
+
+# --- looking ------------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def status(config: ConfigOption = None, as_json: JsonOption = False) -> None:
+    """The device, the ledger, models, agents, and Ray's figures beside the ledger's."""
+    with _session(config, as_json=as_json) as conductor:
+        now = ray.get(conductor.status.remote())
+        show(now, tables.status(now), as_json=as_json)
+
+
+@app.command("list")
+def list_(config: ConfigOption = None, as_json: JsonOption = False) -> None:
+    """The registered agents."""
+    with _session(config, as_json=as_json) as conductor:
+        agents = ray.get(conductor.list.remote())
+        show([agent.to_json() for agent in agents], tables.agents(agents), as_json=as_json)
+
+
+@app.command()
+def estimate(
+    model: Annotated[str, typer.Argument(help="A model's key, or a path inside model_dirs.")],
+    window: Annotated[list[int] | None, typer.Option(help="Tokens; may be given several times.")] = None,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """What a model will take on this machine, for several windows, from its header alone. Needs no conductor.
+
+    Example: conductor estimate coder --window 2048 --window 8192
+    """
+    with errors(as_json=as_json):
+        result = estimates.estimate(load_config(config), _path(model), window or ())
+        show(result, estimates.table(result), as_json=as_json)
+
+
+@app.command()
+def demo(
+    config: ConfigOption = None,
+    request: Annotated[str | None, typer.Option(help="What the code crew is to write.")] = None,
+    save: Annotated[Path | None, typer.Option(help="Write everything shown, with the claims checked, to this JSON file.")] = None,
+) -> None:
+    """Three agents, three models, one device: admission, swap, refusal, a crew at work. Starts its own Ray and ends it.
+
+    Exit code 0 only if every claim it shows was checked and holds.
+    """
+    with errors():
+        holds = demo_pipeline.run(load_config(config), request=request, save=save)
+    raise typer.Exit(Exit.OK if holds else Exit.FAILED)
+
+
+def main() -> None:
+    app()

@@ -1,0 +1,73 @@
+"""What every command shares: output for people or programs, and errors as messages with an exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from enum import IntEnum
+from typing import Any
+
+from rich.console import Console, RenderableType
+
+from actors.connection import own
+from conductor.errors import AdmissionRefused, ConductorError, InvalidRequest, ModelError
+from pipelines import tables
+
+out = Console(highlight=False, soft_wrap=False)
+err = Console(stderr=True, highlight=False)
+
+
+class Exit(IntEnum):
+    OK = 0
+    FAILED = 1
+    USAGE = 2  #: bad input
+    REFUSED = 3  #: an admission or a reservation was refused
+    MODEL = 4  #: a model cannot be used
+
+
+def show(value: Any, table: RenderableType, *, as_json: bool) -> None:
+    """`value` as JSON on standard output, or `table`."""
+    if as_json:
+        print_json(value.to_json() if hasattr(value, "to_json") else value)
+    else:
+        out.print(table)
+
+
+def print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+@contextlib.contextmanager
+def errors(*, as_json: bool = False) -> Iterator[None]:
+    """Turn the project's errors into a message on standard error (or JSON on standard output) and an exit code."""
+    try:
+        yield
+    except ConductorError as raised:
+        error = own(raised)
+        if as_json:
+            print_json(_as_json(error))
+        elif isinstance(error, AdmissionRefused):
+            err.print(tables.refusal(error.refusal))
+            err.print(str(error).partition("\n")[2], markup=False)
+        else:
+            err.print(f"error: {error}", style="red", markup=False)
+        raise SystemExit(_exit_code(error)) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+def _as_json(error: BaseException) -> dict[str, Any]:
+    body: dict[str, Any] = {"error": type(error).__name__, "message": str(error)}
+    if isinstance(error, AdmissionRefused):
+        body["refusal"] = error.refusal.to_json()
+    return body
+
+
+def _exit_code(error: BaseException) -> Exit:
+    if isinstance(error, AdmissionRefused):
+        return Exit.REFUSED
+    if isinstance(error, ModelError):
+        return Exit.MODEL
+    return Exit.USAGE if isinstance(error, InvalidRequest) else Exit.FAILED

@@ -1,0 +1,78 @@
+"""What a model will take, from its header alone: `conductor estimate`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from conductor.backend.catalog import Catalog
+from conductor.backend.device import open_device
+from conductor.backend.llama import Llama
+from conductor.config import Config
+from conductor.core.estimate import compute_bytes, kv_bytes
+from conductor.types import DeviceKind, Record
+from conductor.units import MIB, format_bytes
+
+WINDOWS = (2048, 4096, 8192, 16384, 32768, 65536, 131072)
+
+
+@dataclass(frozen=True, slots=True)
+class WindowEstimate(Record):
+    window: int
+    kv_bytes: int
+    compute_bytes: int
+    total_bytes: int  #: with the weights
+    fits: bool  #: alone on the device
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate(Record):
+    """Bytes by the closed formula: weights and KV exact, compute on the safe side."""
+
+    model: str
+    path: str
+    architecture: str
+    trained_window: int
+    device: str
+    device_kind: DeviceKind
+    cap_bytes: int
+    weights_bytes: int
+    windows: tuple[WindowEstimate, ...]
+
+
+def estimate(config: Config, model: str, windows: Sequence[int]) -> Estimate:
+    """For each window what an agent of `model` costs on this machine's device. Raises ModelError, ConfigError."""
+    device = open_device(config.device, llama_supports_gpu=Llama.instance().supports_gpu, used_bytes=lambda: 0)
+    cap = device.read().total_bytes * config.admission_percent // 100 - device.others_bytes
+    plan = Catalog(config).plan(model, device.kind)
+    own = config.window(plan.key, plan.geometry.trained_window)
+    rows = []
+    for window in windows or sorted({own, *(w for w in WINDOWS if w <= max(own, plan.geometry.trained_window))}):
+        spec = config.context_spec(plan.key, window)
+        kv = kv_bytes(plan.geometry, spec) + plan.geometry.recurrent_bytes_per_sequence
+        compute = compute_bytes(plan.geometry, spec, device=device.kind)
+        total = plan.weights_bytes + kv + compute
+        rows.append(WindowEstimate(window, kv, compute, total, total <= cap))
+    return Estimate(
+        model, plan.path, plan.geometry.architecture, plan.geometry.trained_window, device.name, device.kind,
+        max(0, cap) // MIB * MIB, plan.weights_bytes, tuple(rows),
+    )  # fmt: skip
+
+
+def table(estimate: Estimate) -> RenderableType:
+    head = (
+        f"[bold]{estimate.model}[/] ({estimate.architecture}, trained with {estimate.trained_window:,} tokens): "
+        f"weights {format_bytes(estimate.weights_bytes)}\n"
+        f"on {estimate.device}: {format_bytes(estimate.cap_bytes)} may be booked"
+    )
+    rows = Table(box=None, pad_edge=False, header_style="dim")
+    for column in ("window", "KV", "compute", "with weights", "fits alone"):
+        rows.add_column(column, justify="right")
+    for w in estimate.windows:
+        sizes = map(format_bytes, (w.kv_bytes, w.compute_bytes, w.total_bytes))
+        rows.add_row(f"{w.window:,}", *sizes, "[green]yes[/]" if w.fits else "[red]no[/]")
+    return Group(Text.from_markup(head), rows)
