@@ -7,12 +7,13 @@ import os
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import AuthenticationError, RayActorError, RayTaskError
 
-from actors import service as service_file
+from actors import service
+from actors._ray_private import authenticate
 from actors.conductor_actor import GpuConductor
 from conductor.config import Config, load_config
-from conductor.errors import ConductorError
+from conductor.errors import ConductorError, ServiceFailed
 
 
 def connect(config: Config | str | os.PathLike[str] | None = None, *, address: str | None = None) -> Any:
@@ -20,7 +21,7 @@ def connect(config: Config | str | os.PathLike[str] | None = None, *, address: s
 
     `config`: a Config, or the path of its file; only a conductor that is started here takes it up. `address`: Ray's, as
     `ray.init` takes it; without one, the Ray of `conductor up` if it runs, else what `ray.init` finds or starts.
-    Raises ConfigError.
+    Raises ConfigError, ServiceFailed.
     """
     settings = load_config(config)
     join_ray(address)
@@ -31,12 +32,18 @@ def connect(config: Config | str | os.PathLike[str] | None = None, *, address: s
 
 
 def join_ray(address: str | None = None) -> None:
-    """Connect this process to Ray, quietly, unless it is connected."""
+    """Connect this process to Ray, quietly, unless it is connected. Raises ServiceFailed."""
     if ray.is_initialized():
         return
-    service = service_file.running()
-    own_ray = service.address if service is not None and "RAY_ADDRESS" not in os.environ else None
-    ray.init(address=address or own_ray, log_to_driver=False, logging_level=logging.ERROR)
+    running = None if address or "RAY_ADDRESS" in os.environ else service.running()
+    if running is not None:
+        address = running.address
+        authenticate(running.environment)
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, RuntimeError, AuthenticationError) as error:
+        where = address or os.environ.get("RAY_ADDRESS") or "this machine"
+        raise ServiceFailed(f"no Ray can be reached at {where}: {str(error).splitlines()[0]}") from error
 
 
 def find(config: Config) -> Any | None:

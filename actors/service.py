@@ -1,13 +1,14 @@
 """A Ray of our own that outlives the command that started it: `conductor up`, and how others find it.
 
 One process, `ray start --head --block`, is started and its pid kept beside its address in a file; ending that process
-ends its Ray and nothing else. Bound to loopback.
+ends its Ray and nothing else. It asks for a token, which lies beside the file, readable by this user only.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -19,20 +20,12 @@ from pathlib import Path
 
 import psutil
 
-from conductor.errors import ConductorError
+from conductor.errors import ServiceFailed
 
 #: the environment variable that moves the file, for instance for a second service
 ENVIRONMENT = "CONDUCTOR_RUNTIME_DIR"
 _START_WITHIN_S = 60.0
 _STOP_WITHIN_S = 20.0
-
-
-class ServiceFailed(ConductorError):
-    """Ray could not be started, or not be stopped."""
-
-    def __init__(self, problem: str) -> None:
-        super().__init__(problem)
-        self.problem = problem
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +34,7 @@ class Service:
     pid: int
     started_at: float  #: the process's start, so that a later process of the same pid is not taken for it
     config: str | None  #: the configuration file it was started with
+    environment: dict[str, str]  #: what its clients need to be let in
 
 
 def runtime_directory() -> Path:
@@ -65,6 +59,7 @@ def start(config: str | None) -> Service:
     """Start a Ray that stays. Raises ServiceFailed with the end of its log."""
     directory = runtime_directory()
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    environment = _authentication(directory)
     port = _free_port()
     command = [
         sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block",
@@ -73,7 +68,12 @@ def start(config: str | None) -> Service:
     log = directory / "ray.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            env=os.environ | environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
     deadline = time.monotonic() + _START_WITHIN_S
     while "Ray runtime started" not in log.read_text("utf-8", "replace"):
@@ -81,7 +81,7 @@ def start(config: str | None) -> Service:
             process.terminate()
             raise ServiceFailed(f"Ray did not start; the end of {log}:\n{_tail(log)}")
         time.sleep(0.1)
-    service = Service(f"127.0.0.1:{port}", process.pid, psutil.Process(process.pid).create_time(), config)
+    service = Service(f"127.0.0.1:{port}", process.pid, psutil.Process(process.pid).create_time(), config, environment)
     _file().write_text(json.dumps(asdict(service)), "utf-8")
     return service
 
@@ -96,6 +96,18 @@ def stop(service: Service) -> None:
         except psutil.TimeoutExpired:
             raise ServiceFailed(f"Ray (pid {service.pid}) did not end within {_STOP_WITHIN_S:.0f} s") from None
     _file().unlink(missing_ok=True)
+    (runtime_directory() / "token").unlink(missing_ok=True)
+
+
+def _authentication(directory: Path) -> dict[str, str]:
+    """A token of the service's own, unless the user has said how Ray is to authenticate."""
+    if "RAY_AUTH_MODE" in os.environ:
+        return {name: value for name, value in os.environ.items() if name.startswith("RAY_AUTH_")}
+    token = directory / "token"
+    token.unlink(missing_ok=True)
+    token.touch(mode=0o600)
+    token.write_text(secrets.token_hex(32), "utf-8")
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
 
 
 def _file() -> Path:

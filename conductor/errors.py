@@ -16,6 +16,8 @@
     ├── TurnCancelled          the agent left, or the turn was ended, before a result existed
     ├── DecodeFailed           llama.cpp gave up; the session keeps its tokens
     ├── UnknownReservation     released twice, or never made
+    ├── ServiceFailed          Ray cannot be started, reached or stopped
+    │   └── NotRunning
     └── InternalError          a broken invariant: our bug
 
 Each survives pickling, so it reaches a Ray caller with its fields: `__init__` hands its own arguments to
@@ -226,6 +228,21 @@ class UnknownReservation(ConductorError):
 
     def __str__(self) -> str:
         return f"no reservation {self.reservation_id!r}: it was released already, or never made"
+
+
+class ServiceFailed(ConductorError):
+    def __init__(self, problem: str) -> None:
+        super().__init__(problem)
+        self.problem = problem
+
+    def __str__(self) -> str:
+        return self.problem
+
+
+class NotRunning(ServiceFailed):
+    def __init__(self) -> None:
+        super().__init__("no conductor is running; start one with: conductor up")
+        self.args = ()
 
 
 class InternalError(ConductorError):

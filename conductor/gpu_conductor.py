@@ -87,7 +87,7 @@ class GpuConductor:
     def _book_overhead(self) -> None:
         overhead = self._engine.overhead_bytes
         try:
-            self._state.book_overhead("process", overhead)
+            self._state.books.book_overhead("process", overhead)
         except OverCap as excess:
             problem = f"the process itself takes {format_bytes(overhead)} there, and {format_bytes(excess.free_bytes)} are free"
             raise ConfigError(self.config.source, "device", problem) from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ import actors
 from actors import service
 from conductor import __version__
 from conductor.config import Config, load_config
-from conductor.errors import ConductorError, InternalError
+from conductor.errors import InternalError, NotRunning
 from conductor.types import Chunk, DecodeResult
 from pipelines import demo as demo_pipeline
 from pipelines import estimates, tables
@@ -26,6 +27,7 @@ app = typer.Typer(
     name="conductor",
     no_args_is_help=True,
     rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
     help="VRAM Conductor: many LLM agents on one GPU, admitted only if their bytes fit.",
     epilog="Start with [bold]conductor demo[/], or [bold]conductor up[/] and [bold]conductor chat coder[/]. "
     "Exit codes: 1 failed, 2 bad input, 3 refused, 4 model error.",
@@ -45,13 +47,6 @@ TopPOption = Annotated[float, typer.Option(help="Sample among the likeliest that
 MinPOption = Annotated[float, typer.Option(help="Sample among those at least P times as likely as the likeliest; 0 is off.")]
 SeedOption = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
 StopOption = Annotated[list[str] | None, typer.Option(help="Stop at this text; may be given several times.")]
-
-
-class NotRunning(ConductorError):
-    """A command needs a conductor, and none runs."""
-
-    def __str__(self) -> str:
-        return "no conductor is running; start one with: conductor up"
 
 
 @app.callback(invoke_without_command=True)
@@ -99,7 +94,7 @@ def up(config: ConfigOption = None, as_json: JsonOption = False) -> None:
             err.print("starting Ray …", style="dim")
             running = service.start(str(config.resolve()) if config else None)
         try:
-            handle = actors.connect(settings, address=running.address if running else None)
+            handle = actors.connect(settings)
             status = ray.get(handle.status.remote())
         except BaseException:
             if began and running is not None:
@@ -110,6 +105,20 @@ def up(config: ConfigOption = None, as_json: JsonOption = False) -> None:
             address = running.address if running else os.environ["RAY_ADDRESS"]
             out.print(f"\nRay at [bold]{address}[/]. Next: [bold]conductor chat coder[/]; stop with [bold]conductor down[/].")
         ray.shutdown()
+
+
+@app.command()
+def env() -> None:
+    """Shell commands that let Ray's own tools in: ray status, ray list actors, the dashboard's token.
+
+    Example: eval "$(conductor env)" && ray status
+    """
+    with errors():
+        running = service.running()
+        if running is None:
+            raise NotRunning
+        for name, value in {"RAY_ADDRESS": running.address, **running.environment}.items():
+            out.print(f"export {name}={shlex.quote(value)}", markup=False, soft_wrap=True)
 
 
 @app.command()

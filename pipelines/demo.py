@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import secrets
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from rich.rule import Rule
 from rich.text import Text
 
 import actors
+from actors._ray_private import authenticate
 from conductor.config import MAX_WINDOW, Config
 from conductor.errors import AdmissionRefused, InternalError, RefusalCode
 from conductor.types import Admission, Chunk, DecodeResult, Kind, KvPlace, MirrorState, Status
@@ -29,7 +32,7 @@ _QUESTIONS = {
         "Write a Python function `is_prime(n)` that checks whether a number is prime.",
         "Write a Python function that counts the vowels in a string.",
     ),
-    "reviewer": ("Review this Python code for security flaws:\n\n```python\ndef load(data):\n    return pickle.loads(data)\n```",),
+    "reviewer": ("Review this Python code for security flaws:\n\n```python\ndef load(raw):\n    return pickle.loads(raw)\n```",),
 }
 
 
@@ -62,6 +65,8 @@ def run(config: Config, *, request: str | None = None, save: Path | None = None)
     """Show everything on a Ray of its own; True if every claim held."""
     config = config.model_copy(update={"live_contexts": 1})  # so that the swap is seen
     out.print("[dim]starting Ray and the conductor …[/]")
+    if "RAY_AUTH_MODE" not in os.environ:  # a token for the length of the demo, so that Ray writes none to the home directory
+        authenticate({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)})
     ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     try:
         conductor = actors.connect(config)

@@ -27,6 +27,7 @@ class Books:
         self.live_contexts = live_contexts
         self._agents = agents
         self._headroom = ledger.reserve("conductor", Kind.HEADROOM, 0)
+        self._overhead: list[ReservationId] = []
         #: what contexts really took, by model and parameters; replaces the estimate from then on
         self._measured: dict[tuple[ModelId, ContextSpec], int] = {}
         #: other tasks' reservations, and the process that each dies with
@@ -45,9 +46,13 @@ class Books:
     def _contexts(self) -> Iterable[tuple[ModelId, int]]:
         return ((agent.model_id, self.price(agent.spec)) for agent in self._agents.values())
 
+    def book_overhead(self, holder: str, bytes: int) -> None:
+        """Book what the process itself holds on the device, for as long as it lives. Raises OverCap."""
+        self._overhead.append(self.ledger.reserve(holder, Kind.OVERHEAD, bytes))
+
     @property
     def overhead_bytes(self) -> int:
-        return sum(r.bytes for r in self.ledger.snapshot() if r.kind is Kind.OVERHEAD)
+        return sum(map(self.ledger.size, self._overhead))
 
     # --- admission --------------------------------------------------------------------------------------------------
 

@@ -87,8 +87,9 @@ class Ledger:
     def split(self, id: ReservationId, holder: str, kind: Kind, bytes: int) -> ReservationId:
         """Hand `bytes` of reservation `id` to `holder`. The total does not change, so the cap cannot refuse it."""
         self._require(0 <= bytes <= self.size(id), f"{holder} takes {bytes} of the {self.size(id)} bytes of {id}")
-        self._bytes[id] -= bytes
+        self._require(id not in self._origins, f"{id} is a part itself: split {self._origins.get(id)} instead")
         part = self._open(holder, kind, bytes)
+        self._bytes[id] -= bytes
         self._origins[part] = id
         return part
 

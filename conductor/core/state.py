@@ -72,10 +72,6 @@ class State:
         todo += self.rotation.schedule()
         return todo
 
-    def book_overhead(self, holder: str, bytes: int) -> None:
-        """Book what the process itself holds on the device, measured at start. Raises OverCap."""
-        self.ledger.reserve(holder, Kind.OVERHEAD, bytes)
-
     # --- registration -----------------------------------------------------------------------------------------------
 
     def _on_register(self, event: events.RegisterRequested) -> list[actions.Action]:

@@ -1,0 +1,59 @@
+"""Set before anything imports ray, and the plain conductor that tests of llama.cpp talk to."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.update(RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0")
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from conductor.gpu_conductor import GpuConductor
+
+Start = Callable[..., Awaitable["GpuConductor"]]
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+async def start(tmp_path: Path) -> AsyncIterator[Start]:
+    """`await start(models={key: path or options}, …)`: a conductor on a slice of RAM, one thread and one live context.
+
+    At the end its books are checked, everybody leaves, and not a byte may be left.
+    """
+    from conductor.config import parse_config
+    from conductor.gpu_conductor import GpuConductor
+
+    started: list[GpuConductor] = []
+
+    async def begin(models: Mapping[str, Any] | None = None, **options: Any) -> GpuConductor:
+        document = {
+            "device": {"kind": "host", "host_bytes": "256MiB"},
+            "host_kv_budget": "64MiB",
+            "threads": 1,
+            "model_dirs": [str(tmp_path)],
+            "models": {key: _options(model) for key, model in (models or {}).items()},
+            **options,
+        }
+        conductor = GpuConductor(parse_config(document, source="test", directory=ROOT))
+        started.append(conductor)
+        await conductor.start()
+        return conductor
+
+    yield begin
+    for conductor in started:
+        conductor.check()
+        await conductor.close()
+        conductor.check()
+        status = await conductor.status()
+        assert (status.agents, status.models, status.host_memory.used_bytes) == ((), (), 0)
+        assert {reserved.kind.value for reserved in status.ledger.reservations if reserved.bytes} <= {"external"}
+
+
+def _options(model: Any) -> dict[str, Any]:
+    return {"path": str(model)} if isinstance(model, (str, Path)) else {**model, "path": str(model["path"])}
