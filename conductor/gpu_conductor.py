@@ -176,6 +176,7 @@ class GpuConductor:
             prompt, messages=messages, max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
             min_p=min_p, seed=seed, stop=stop, reset=reset, context_shift=context_shift,
         )  # fmt: skip
+        await self.start()
         return await self._executive.turn(requests.agent_id(agent_id), request, emit=None)
 
     async def stream(self, agent_id: str, prompt: str | None = None, **options: Any) -> AsyncIterator[Chunk | DecodeResult]:
@@ -257,6 +258,7 @@ class GpuConductor:
             host_memory=self._engine.host_memory(),
             mirror=mirror or unmirrored,
             llama_cpp=self._engine.version,
+            threads=self._engine.threads,
             uptime_s=time.monotonic() - self._started_at,
         )
 

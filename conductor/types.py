@@ -261,4 +261,5 @@ class Status(Record):
     host_memory: HostMemoryStatus
     mirror: MirrorStatus
     llama_cpp: str
+    threads: int  #: of the CPU, for each context
     uptime_s: float

@@ -27,12 +27,13 @@ from pipelines.console import out
 from pipelines.machine import describe
 
 REQUEST = "Write a Python function that runs a shell command and returns its output."
+_DOCUMENT = "Write the documentation for this Python function:\n\n```python\n{}\n```"
 _QUESTIONS = {
-    "coder": (
-        "Write a Python function `is_prime(n)` that checks whether a number is prime.",
-        "Write a Python function that counts the vowels in a string.",
+    "documenter": (
+        _DOCUMENT.format("def add(a, b):\n    return a + b"),
+        _DOCUMENT.format("def read_json(path):\n    with open(path) as file:\n        return json.load(file)"),
     ),
-    "reviewer": ("Review this Python code for security flaws:\n\n```python\ndef load(raw):\n    return pickle.loads(raw)\n```",),
+    "coder": ("Write a Python function `is_prime(n)` that checks whether a number is prime.",),
 }
 
 
@@ -137,7 +138,7 @@ class _Demo:
                                parts == status.ledger.allocated_bytes <= status.ledger.max_bytes)  # fmt: skip
 
     def _take_turns(self) -> None:
-        a, b, *_ = self._agents
+        a, b = "documenter-1", "coder-1"
         out.print(Rule(f"turns: {a} → {b} → {a}, one live context"))
         first, second, third = turns = [self._turn(agent_id) for agent_id in (a, b, a)]
         out.print(tables.decodes(turns))
@@ -158,8 +159,9 @@ class _Demo:
         """The agent's next question, its answer printed as it comes."""
         chat = self._chats[agent_id]
         chat.append({"role": "user", "content": _QUESTIONS[self._agents[agent_id]][len(chat) // 2]})
-        out.print(f"[bold]you → {agent_id}[/]: {chat[-1]['content'].splitlines()[0]}")
-        out.print(f"[bold cyan]{agent_id}[/]: ", end="")
+        out.print(f"[bold]you → {agent_id}[/]:")
+        out.print(Text(chat[-1]["content"], style="dim"))
+        out.print(f"[bold cyan]{agent_id}[/]:")
         *chunks, result = map(self._shown, actors.stream(self._conductor, agent_id, messages=chat, max_tokens=120))
         out.print()
         if not isinstance(result, DecodeResult):

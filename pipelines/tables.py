@@ -47,7 +47,7 @@ def bar(ledger: LedgerStatus, width: int = 64) -> RenderableType:
     shown = 0
     for kind, letter in _LETTERS.items():
         size = sum(r.bytes for r in ledger.reservations if r.kind is kind)
-        count = round(size * width / ledger.max_bytes) if ledger.max_bytes else 0
+        count = max(round(size * width / ledger.max_bytes), 1) if size else 0
         line.append(letter * count, style=_COLOURS[kind])
         shown += count
     line.append("·" * max(0, width - shown) + "]")

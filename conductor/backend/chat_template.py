@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, NoReturn
 
-import jinja2
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -41,7 +40,7 @@ class ChatTemplate:
         environment.globals.update(raise_exception=self._raise, strftime_now=lambda form: datetime.now().strftime(form))
         try:
             self._template = environment.from_string(source)
-        except jinja2.TemplateError as error:
+        except Exception as error:  # nested deeply enough, even the parser's recursion limit
             raise ChatTemplateFailed(model, f"cannot be compiled: {error}") from error
 
     def render(self, messages: Sequence[Message]) -> list[Piece]:
@@ -56,7 +55,7 @@ class ChatTemplate:
         def shield(text: str) -> str:
             return self._control.sub(hide, text) if self._control else text
 
-        turns: list[dict[str, Any]] = [{"role": m.role, "content": shield(m.content)} for m in messages]
+        turns: list[dict[str, Any]] = [{"role": shield(m.role), "content": shield(m.content)} for m in messages]
         try:
             text = self._template.render(messages=turns, add_generation_prompt=True, bos_token=self._bos, eos_token=self._eos)
         except ChatTemplateFailed:
@@ -66,5 +65,5 @@ class ChatTemplate:
         parts = re.split(f"{mark}(\\d+){mark}", text)
         return [Piece(part if i % 2 == 0 else hidden[int(part)], special=i % 2 == 0) for i, part in enumerate(parts) if part]
 
-    def _raise(self, message: str) -> NoReturn:
-        raise ChatTemplateFailed(self._model, message)
+    def _raise(self, message: object) -> NoReturn:
+        raise ChatTemplateFailed(self._model, str(message))  # whatever the template passed

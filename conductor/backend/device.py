@@ -33,6 +33,10 @@ class Device(Protocol):
 
     def read(self) -> Reading: ...
 
+    def taken_bytes(self) -> int:
+        """What was taken since the first reading."""
+        ...
+
 
 class CudaDevice:
     """A GPU. With `limit`, treated as a card of that size: the rest of it is left alone."""
@@ -52,8 +56,10 @@ class CudaDevice:
             self.name += " (limited)"
 
     def read(self) -> Reading:
-        taken = self._first_free - self._memory().free_bytes
-        return Reading(self._total, max(0, self._total - self.others_bytes - max(0, taken)))
+        return Reading(self._total, max(0, self._total - self.others_bytes - self.taken_bytes()))
+
+    def taken_bytes(self) -> int:
+        return max(0, self._first_free - self._memory().free_bytes)
 
     def _memory(self) -> Reading:
         memory = pynvml.nvmlDeviceGetMemoryInfo(self._handle)
@@ -73,6 +79,9 @@ class HostDevice:
 
     def read(self) -> Reading:
         return Reading(self._size, max(0, self._size - self.others_bytes - self._used()))
+
+    def taken_bytes(self) -> int:
+        return self._used()
 
 
 def open_device(config: DeviceConfig, *, llama_supports_gpu: bool, used_bytes: Callable[[], int]) -> Device:

@@ -57,7 +57,7 @@ class Engine:
 
     def __init__(self, config: Config) -> None:
         self._llama = Llama.instance()
-        self._threads = config.threads or _physical_cores()
+        self.threads = config.threads or _physical_cores()
         self._index = config.device.index
         self._models: dict[ModelId, _Loaded] = {}
         self._live: dict[AgentId, _Live] = {}
@@ -75,9 +75,8 @@ class Engine:
         """Bytes that the process takes on a GPU before it holds any model: the CUDA context and its libraries."""
         if self.device.kind is DeviceKind.HOST:
             return 0
-        before = self.device.read().free_bytes
-        self._llama.touch_device(self._index)
-        return max(0, before - self.device.read().free_bytes)
+        self._llama.touch_device()
+        return self.device.taken_bytes()
 
     @property
     def version(self) -> str:
@@ -120,7 +119,7 @@ class Engine:
         """Make the agent's context and restore its KV if it was saved. Raises DecodeFailed, with a saved KV kept."""
         loaded = self._models[model_id]
         try:
-            context = loaded.model.context(spec, n_threads=self._threads)
+            context = loaded.model.context(spec, n_threads=self.threads)
         except LlamaError as error:
             raise DecodeFailed(agent_id, f"its context could not be made: {error}") from error
         measured = context.device_bytes()

@@ -94,15 +94,16 @@ class Llama:
             raise self.complaint("llama_model_load_from_file returned nothing")
         return Model(self, handle, kind, Path(path).name)
 
-    def touch_device(self, index: int) -> None:
-        """Make the CUDA context now, so that what it takes can be measured."""
+    def touch_device(self) -> None:
+        """Make the CUDA context now, by allocating something, so that what it takes can be measured."""
         lib = self._lib
         by_type = _function(lib, "ggml_backend_dev_by_type", ctypes.c_void_p, ctypes.c_int)
-        start = _function(lib, "ggml_backend_dev_init", ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p)
-        stop = _function(lib, "ggml_backend_free", None, ctypes.c_void_p)
+        buffer_type = _function(lib, "ggml_backend_dev_buffer_type", ctypes.c_void_p, ctypes.c_void_p)
+        allocate = _function(lib, "ggml_backend_buft_alloc_buffer", ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+        free = _function(lib, "ggml_backend_buffer_free", None, ctypes.c_void_p)
         device = by_type(_GPU_DEVICE)
-        if device and (backend := start(device, None)):
-            stop(backend)
+        if device and (buffer := allocate(buffer_type(device), 1 << 20)):
+            free(buffer)
 
     def pinned(self, size: int) -> tuple[ByteArray, bool]:
         """`size` bytes of host memory for the life of the process: (array, page-locked for the GPU or not)."""
@@ -240,6 +241,7 @@ class Context:
         self.model, self.handle = model, handle
         self._llama, self._kind = llama, kind
         self._memory = ll.llama_get_memory(handle)
+        self._sliding_window = int(ll.llama_model_n_swa(model_handle))
         self._n_batch = int(ll.llama_n_batch(handle))
         self._tokens = (ll.llama_token * self._n_batch)()
         self._one = ll.llama_batch_get_one(self._tokens, 1)
@@ -284,10 +286,16 @@ class Context:
 
     def truncate(self, n_tokens: int) -> bool:
         """Forget all but the first `n_tokens`; False if this architecture cannot (the cache is then cleared)."""
-        if ll.llama_memory_seq_rm(self._memory, _SEQUENCE, n_tokens, -1):
+        if self._holds_window_before(n_tokens) and ll.llama_memory_seq_rm(self._memory, _SEQUENCE, n_tokens, -1):
             return True
         self.clear()
         return n_tokens == 0
+
+    def _holds_window_before(self, n_tokens: int) -> bool:
+        """Sliding layers forget what left their window; cut back to before that, they would attend to nothing, silently."""
+        if not self._sliding_window:
+            return True
+        return int(ll.llama_memory_seq_pos_min(self._memory, _SEQUENCE)) <= max(0, n_tokens - self._sliding_window)
 
     def clear(self) -> None:
         ll.llama_memory_clear(self._memory, True)

@@ -45,11 +45,18 @@ class TurnOrder:
 
 def run_turn(context: Context, conversation: Conversation, prompter: Prompter, order: TurnOrder) -> TurnOutcome:
     """Carry out a turn. Raises InvalidRequest, ChatTemplateFailed, WindowFull, TurnCancelled, llama.LlamaError."""
+    before = list(conversation.tokens)
     target = _fit_window(context, conversation, prompter.target(conversation, order.request), order)
     known = common_prefix(conversation.tokens, target)
     continues = order.request.prompt is None and order.request.messages is None
     partial = conversation.partial if continues else b""
-    reused = _feed_prompt(context, conversation, target, known, order)
+    shifted = len(conversation.tokens) < len(before)
+    try:
+        reused = _feed_prompt(context, conversation, target, known, order)
+    except BaseException:
+        conversation.tokens = before
+        _rewind(context, conversation, min(known, _first_to_drop(context)) if shifted else known)
+        raise
     decoded = len(target) - reused  # the list itself grows from here on
     seed = order.request.seed if order.request.seed is not None else secrets.randbits(32)
     generation = _Generation(context, conversation, order, TextAssembler(order.request.stop, partial=partial))
@@ -87,18 +94,12 @@ def _fit_window(context: Context, conversation: Conversation, target: list[int],
 
 def _feed_prompt(context: Context, conversation: Conversation, target: list[int], known: int, order: TurnOrder) -> int:
     """Decode what of the target the cache does not hold; returns how many tokens it did hold."""
-    before, was_cached = conversation.tokens, conversation.cached
     _rewind(context, conversation, min(known, len(target) - 1))  # the last token's logits are needed: decode it again
     reused = conversation.cached
     conversation.tokens = target
-    try:
-        conversation.cached += context.feed(target[reused:], order.stopped)
-        if conversation.cached < len(target):
-            raise TurnCancelled(order.agent_id, "it ended while its prompt was being decoded")
-    except BaseException:
-        conversation.tokens = before
-        _rewind(context, conversation, min(known, was_cached, reused))
-        raise
+    conversation.cached += context.feed(target[reused:], order.stopped)
+    if conversation.cached < len(target):
+        raise TurnCancelled(order.agent_id, "it ended while its prompt was being decoded")
     return reused
 
 

@@ -57,18 +57,18 @@ def decide(
 
     `promised_bytes` is the promise without it, `promise_bytes` with it.
 
-    1. Alone on the device (beside `fixed_bytes`, which nobody can give back) it does not fit: NEVER_FITS.
-    2. What it adds exceeds what is free: WAIT.
-    3. Otherwise: FIT.
+    1. What it adds is free: FIT, whatever the estimate of weights that are booked as measured says.
+    2. Alone on the device (beside `fixed_bytes`, which nobody can give back) it does not fit: NEVER_FITS.
+    3. Otherwise: WAIT.
     """
     weights = 0 if weights_are_booked else weights_bytes
     requested = weights + promise_bytes - promised_bytes
-    if fixed_bytes + weights_bytes + context_bytes > cap_bytes:  # (1)
-        outcome = Outcome.NEVER_FITS
-    elif requested > cap_bytes - booked_bytes:  # (2)
-        outcome = Outcome.WAIT
-    else:  # (3)
+    if requested <= cap_bytes - booked_bytes:  # (1)
         outcome = Outcome.FIT
+    elif fixed_bytes + weights_bytes + context_bytes > cap_bytes:  # (2)
+        outcome = Outcome.NEVER_FITS
+    else:  # (3)
+        outcome = Outcome.WAIT
     return Decision(outcome, weights, requested)
 
 

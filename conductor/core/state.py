@@ -12,6 +12,7 @@ What is booked, and when:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 from conductor.core import actions, events
@@ -121,7 +122,8 @@ class State:
                 return []
             spec = waiting.agent
             return [actions.Refuse(event.request_id, self._refusal(RefusalCode.TIMEOUT, spec))]
-        if event.timed_out:  # only for those who wait for room; whoever is past that will be answered soon
+        if event.timed_out:  # whoever is past waiting for room will be answered soon; the deferred must not start to wait now
+            self._deferred = [replace(r, may_wait=False) if r.request_id == event.request_id else r for r in self._deferred]
             return []
         self._deferred = [request for request in self._deferred if request.request_id != event.request_id]
         leaver = next((agent for agent in self.agents.values() if agent.registration == event.request_id), None)
@@ -133,6 +135,10 @@ class State:
         for event in self.waitlist:
             model = self.models.get(event.agent.model.id)
             decision = self._decide(event.agent)
+            if decision.outcome is Outcome.NEVER_FITS:  # a context like its own was measured since it came
+                self.waitlist.remove(event.request_id)
+                todo.append(actions.Refuse(event.request_id, self._refusal(RefusalCode.NEVER, event.agent)))
+                continue
             if decision.outcome is not Outcome.FIT or (model is not None and model.state is ModelState.UNLOADING):
                 break
             self.waitlist.remove(event.request_id)
@@ -203,10 +209,14 @@ class State:
         return self._leave(agent)
 
     def _on_owner_died(self, event: events.OwnerDied) -> list[actions.Action]:
+        """Its registrations are answered too: nobody hears it, but the shell's call would wait for ever."""
         todo: list[actions.Action] = []
         for waiting in [w for w in (*self.waitlist, *self._deferred) if w.agent.owner == event.owner]:
             todo += self._on_register_abandoned(events.RegisterAbandoned(waiting.request_id))
+            todo.append(actions.Refuse(waiting.request_id, UnknownAgent(waiting.agent.id)))
         for agent in [agent for agent in self.agents.values() if agent.spec.owner == event.owner]:
+            if agent.stage is Stage.LOADING:
+                todo.append(actions.Refuse(agent.registration, UnknownAgent(agent.id)))
             todo += self._leave(agent)
         for reservation in [id for id, owner in self.books.external.items() if owner == event.owner]:
             self.books.release(reservation)

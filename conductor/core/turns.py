@@ -4,7 +4,8 @@ Turns are taken by priority, then in the order of their arrival. For each waitin
 
 1. its agent's context is ready: start it;
 2. its agent's context is on its way, in or out: wait;
-3. another agent's context of the same model is live: that one must close first (one live context for each model);
+3. one live context for each model: an earlier turn of the same model goes first, and another agent's context of it that is
+   live must close first;
 4. a place is free: open;
 5. a place is becoming free: wait for it;
 6. close the ready context that was used longest ago, if its agent is not first in line itself;
@@ -69,6 +70,7 @@ def plan_turns(waiting: Sequence[WaitingTurn], places: Sequence[Place], *, live_
     closing = sum(place.phase is Phase.CLOSING for place in places)
     ready = {place.agent_id for place in places if place.phase is Phase.READY}
     served: set[AgentId] = set()
+    claimed: set[ModelId] = set()  # a second agent of a model must not take, or wait for, a second place
     for turn in waiting:
         if turn.agent_id in served:
             continue
@@ -79,6 +81,9 @@ def plan_turns(waiting: Sequence[WaitingTurn], places: Sequence[Place], *, live_
                 steps.append(Start(turn.id, turn.agent_id))
                 ready.discard(turn.agent_id)
             continue  # (2)
+        if turn.model_id in claimed:  # (3)
+            continue
+        claimed.add(turn.model_id)
         rival = by_model.get(turn.model_id)
         if rival is not None:  # (3)
             if rival.agent_id in ready:
@@ -88,7 +93,6 @@ def plan_turns(waiting: Sequence[WaitingTurn], places: Sequence[Place], *, live_
                 closing -= 1
         elif free > 0:  # (4)
             steps.append(Open(turn.id, turn.agent_id))
-            by_model[turn.model_id] = Place(turn.agent_id, turn.model_id, Phase.OPENING, 0)
             free -= 1
         elif closing > 0:  # (5)
             closing -= 1

@@ -111,7 +111,7 @@ async def test_two_agents_of_one_model_take_turns_without_a_trace(start: Start, 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma3", "mamba"])
 async def test_every_architecture_survives_the_swap(start: Start, tmp_path: Path, architecture: str, n_batch: int) -> None:
     """gemma3's conversations outgrow its sliding window of 64 tokens, mamba has a state that cannot be cut."""
-    path = write_tiny_gguf(tmp_path / "tiny.gguf", architecture=architecture, sliding_window=64, seed=5)
+    path = write_tiny_gguf(tmp_path / "tiny.gguf", architecture=architecture, sliding_window=64, n_layer=6, seed=5)
     options = {"path": path, "n_batch": n_batch, "n_ubatch": n_batch}
     conductor = await start({"tiny": options})
     agents = {name: prompts(8, form=CHATML, about=name) for name in ("ada", "bob", "cleo")}

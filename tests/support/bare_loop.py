@@ -24,13 +24,14 @@ def bare_loop(
     n_ubatch: int = 512,
     flash_attention: bool = True,
     n_threads: int = 1,
+    gpu: bool = False,
 ) -> list[list[int]]:
     """Generated token ids of each turn, greedy; each prompt continues what was said before it.
 
     A turn ends with `max_tokens` or with an end-of-generation token, which is part of it. Its last token is decoded with
     the next prompt, as in llama.cpp's own examples.
     """
-    with _opened(path, window, n_batch, n_ubatch, flash_attention, n_threads) as (vocab, context):
+    with _opened(path, window, n_batch, n_ubatch, flash_attention, n_threads, gpu) as (vocab, context):
         sampler = llama.llama_sampler_init_greedy()
         turns: list[list[int]] = []
         pending: list[int] = []
@@ -67,18 +68,21 @@ def _decode(context: Any, tokens: list[int], n_batch: int) -> None:
 
 @contextmanager
 def _opened(
-    path: str | Path, window: int, n_batch: int, n_ubatch: int, flash_attention: bool, n_threads: int
+    path: str | Path, window: int, n_batch: int, n_ubatch: int, flash_attention: bool, n_threads: int, gpu: bool
 ) -> Iterator[tuple[Any, Any]]:
     of_model = llama.llama_model_default_params()
     nothing = (ctypes.c_void_p * 1)(None)
-    of_model.devices, of_model.n_gpu_layers = ctypes.cast(nothing, ctypes.c_void_p), 0
-    of_model.load_mode = llama.LLAMA_LOAD_MODE_NONE  # mapped weights are not repacked, and round differently
+    of_model.n_gpu_layers = -1 if gpu else 0
+    if not gpu:
+        of_model.devices = ctypes.cast(nothing, ctypes.c_void_p)
+        of_model.load_mode = llama.LLAMA_LOAD_MODE_NONE  # mapped weights are not repacked, and round differently
     model = llama.llama_model_load_from_file(str(path).encode(), of_model)
     assert model
     of_context = llama.llama_context_default_params()
     of_context.n_ctx, of_context.n_batch, of_context.n_ubatch = window, n_batch, n_ubatch
     of_context.n_threads = of_context.n_threads_batch = n_threads
     of_context.flash_attn_type = int(flash_attention)
+    of_context.n_outputs_max = 1  # as the conductor has it: a batch shape of its own on a GPU
     of_context.swa_full = False  # as llama-server has it; the library's default keeps what no sliding layer looks at
     context = llama.llama_init_from_model(model, of_context)
     assert context

@@ -52,40 +52,44 @@ def test_outcomes_are_ordered_from_worst_to_best() -> None:
     assert sorted(Outcome) == [Outcome.NEVER_FITS, Outcome.WAIT, Outcome.FIT]
 
 
-@pytest.mark.parametrize(
-    ("cap", "outcome"), [(149, Outcome.NEVER_FITS), (150, Outcome.FIT)], ids=["a byte too few", "to the byte"]
-)
-def test_1_alone_on_the_device_weights_and_context_must_fit(cap: int, outcome: Outcome) -> None:
-    assert decision(cap=cap).outcome is outcome
+def test_1_what_it_adds_must_be_free_to_the_byte() -> None:
+    assert decision(booked=850) == Decision(Outcome.FIT, weights_bytes=100, requested_bytes=150)
 
 
-def test_1_what_nobody_can_give_back_counts_against_the_device() -> None:
-    assert decision(cap=150, booked=1, fixed=1).outcome is Outcome.NEVER_FITS
-
-
-def test_1_comes_before_2_a_newcomer_too_large_for_the_device_is_not_told_to_wait() -> None:
-    assert decision(cap=149, booked=149).outcome is Outcome.NEVER_FITS
-
-
-def test_1_is_not_softened_by_weights_that_are_booked_already() -> None:
-    assert decision(cap=149, booked=100, loaded=True).outcome is Outcome.NEVER_FITS
-
-
-@pytest.mark.parametrize(("booked", "outcome"), [(851, Outcome.WAIT), (850, Outcome.FIT)], ids=["a byte too many", "to the byte"])
-def test_2_what_it_adds_must_be_free(booked: int, outcome: Outcome) -> None:
-    assert decision(booked=booked) == Decision(outcome, weights_bytes=100, requested_bytes=150)
-
-
-def test_2_only_what_it_adds_counts_weights_are_booked_once() -> None:
+def test_1_only_what_it_adds_counts_weights_are_booked_once() -> None:
     assert decision(booked=950, loaded=True) == Decision(Outcome.FIT, weights_bytes=0, requested_bytes=50)
 
 
-def test_3_whoever_adds_nothing_fits_a_full_ledger() -> None:
+def test_1_only_the_growth_of_the_promise_is_requested() -> None:
+    assert decision(booked=980, promised=30, promise=50, loaded=True) == Decision(Outcome.FIT, 0, requested_bytes=20)
+
+
+def test_1_whoever_adds_nothing_fits_a_full_ledger() -> None:
     assert decision(booked=1000, loaded=True, promised=50) == Decision(Outcome.FIT, weights_bytes=0, requested_bytes=0)
 
 
-def test_3_only_the_growth_of_the_promise_is_requested() -> None:
-    assert decision(booked=300, promised=30, promise=50, loaded=True).requested_bytes == 20
+def test_1_comes_before_2_whoever_fits_now_fits_even_if_the_weights_estimate_says_otherwise() -> None:
+    assert decision(cap=149, booked=80, loaded=True).outcome is Outcome.FIT
+
+
+def test_2_alone_on_the_device_weights_and_context_must_fit() -> None:
+    assert decision(cap=149).outcome is Outcome.NEVER_FITS
+
+
+def test_2_what_nobody_can_give_back_counts_against_the_device() -> None:
+    assert decision(cap=150, booked=1, fixed=1).outcome is Outcome.NEVER_FITS
+
+
+def test_2_comes_before_3_a_newcomer_too_large_for_the_device_is_not_told_to_wait() -> None:
+    assert decision(cap=149, booked=149).outcome is Outcome.NEVER_FITS
+
+
+def test_2_is_not_softened_by_weights_that_are_booked_already() -> None:
+    assert decision(cap=149, booked=100, loaded=True).outcome is Outcome.NEVER_FITS
+
+
+def test_3_otherwise_it_waits_for_a_single_byte_if_need_be() -> None:
+    assert decision(booked=851) == Decision(Outcome.WAIT, weights_bytes=100, requested_bytes=150)
 
 
 sizes = st.integers(0, 300)

@@ -123,6 +123,12 @@ def test_7_otherwise_one_waits() -> None:
     assert plan([turn(1, "b", "n")], [live("a", "m", Phase.OPENING)]) == []
 
 
+def test_6_a_second_agent_of_the_same_model_evicts_nobody_it_has_to_wait_for_the_first_anyway() -> None:
+    places = [live("x", "n", last_turn=1), live("y", "o", last_turn=2)]
+    waiting = [turn(1, "b", "m"), turn(2, "c", "m")]
+    assert plan(waiting, places, live_contexts=2) == [close("x", for_turn=1)]
+
+
 # --- every plan -------------------------------------------------------------------------------------------------------
 
 MODELS = "mnopq"
@@ -194,14 +200,24 @@ def test_the_first_in_line_gets_a_step_unless_what_it_needs_is_on_its_way(
 
 
 @given(moments())
-def test_places_are_closed_only_for_those_who_find_none(moment: tuple[list[WaitingTurn], list[Place], int]) -> None:
-    """Each eviction (6) is for a turn that no free place and no place becoming free is left for."""
+def test_at_most_one_context_is_closed_for_each_model_that_wants_in(moment: tuple[list[WaitingTurn], list[Place], int]) -> None:
+    waiting, places, live_contexts = moment
+    model_of = {turn.id: turn.model_id for turn in waiting}
+    steps = plan(waiting, places, live_contexts=live_contexts)
+    closed_for = [model_of[step.for_turn] for step in steps if isinstance(step, Close)]
+    assert len(set(closed_for)) == len(closed_for)
+
+
+@given(moments())
+def test_contexts_of_other_models_are_closed_only_when_no_place_is_free_or_becoming_free(
+    moment: tuple[list[WaitingTurn], list[Place], int],
+) -> None:
     waiting, places, live_contexts = moment
     steps = plan(waiting, places, live_contexts=live_contexts)
-    by_id = {waiter.id: waiter for waiter in waiting}
+    model_of = {turn.id: turn.model_id for turn in waiting}
     live_models = {place.model_id for place in places}
-    evictions = [step for step in steps if isinstance(step, Close) and by_id[step.for_turn].model_id not in live_models]
+    evictions = [step for step in steps if isinstance(step, Close) and model_of[step.for_turn] not in live_models]
     if evictions:
+        earlier = {turn.model_id for turn in waiting if turn.id < evictions[-1].for_turn}
         assert len(places) + sum(isinstance(step, Open) for step in steps) == live_contexts
-        wanted = {waiter.model_id for waiter in waiting if waiter.id < evictions[-1].for_turn}
-        assert sum(place.phase is Phase.CLOSING for place in places) <= len(wanted)
+        assert sum(place.phase is Phase.CLOSING for place in places) <= len(earlier)

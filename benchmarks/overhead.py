@@ -1,0 +1,170 @@
+"""What the conductor costs: one agent's decode through the Ray actor against the bare llama.cpp loop, and a ledger decision.
+
+    python benchmarks/overhead.py [--model coder] [--repeats 9] [--save FILE]
+
+Both sides decode the same prompt greedily to the same number of tokens with the same parameters, in turns, in one run.
+The actor's side is timed where its caller is, its first token by a turn of one token. Ratios are medians of the rounds'
+own ratios.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import llama_cpp.llama_cpp as llama
+import ray
+import typer
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import actors
+from benchmarks import harness
+from conductor.backend.catalog import Catalog
+from conductor.backend.llama import KV_TYPES, Llama
+from conductor.config import Config, load_config
+from conductor.core.books import Books
+from conductor.core.estimate import ModelPlan, context_bytes
+from conductor.core.events import AgentSpec
+from conductor.core.ledger import Ledger
+from conductor.types import AgentId, ContextSpec, DeviceKind, Status
+
+PROMPT = "import os\nimport sys\n\n\ndef main(arguments):\n"
+
+
+class BareLoop:
+    """llama-cpp-python's low-level loop and nothing else: the limit."""
+
+    def __init__(self, plan: ModelPlan, spec: ContextSpec, n_threads: int) -> None:
+        Llama.instance()  # takes llama.cpp's log away from the terminal
+        params = llama.llama_model_default_params()
+        nothing = (ctypes.c_void_p * 1)(None)
+        if plan.device is DeviceKind.CUDA:
+            params.n_gpu_layers = -1
+        else:
+            params.n_gpu_layers, params.devices = 0, ctypes.cast(nothing, ctypes.c_void_p)
+            params.load_mode = llama.LLAMA_LOAD_MODE_NONE
+        self._model = llama.llama_model_load_from_file(plan.path.encode(), params)
+        self._vocab = llama.llama_model_get_vocab(self._model)
+        cp = llama.llama_context_default_params()
+        cp.n_ctx, cp.n_batch, cp.n_ubatch = spec.window, spec.n_batch, spec.n_ubatch
+        cp.n_seq_max = cp.n_outputs_max = 1
+        cp.n_threads = cp.n_threads_batch = n_threads
+        cp.flash_attn_type, cp.type_k, cp.type_v = int(spec.flash_attention), KV_TYPES[spec.kv_type], KV_TYPES[spec.kv_type]
+        cp.swa_full = False
+        cp.offload_kqv = cp.op_offload = plan.device is DeviceKind.CUDA
+        self._context = llama.llama_init_from_model(self._model, cp)
+
+    def generate(self, prompt: str, max_tokens: int) -> tuple[list[int], float, float]:
+        """Tokens, seconds to the first of them, seconds in all."""
+        began = time.perf_counter()
+        memory = llama.llama_get_memory(self._context)
+        llama.llama_memory_clear(memory, True)
+        raw = prompt.encode()
+        ids = (llama.llama_token * (len(raw) + 8))()
+        count = llama.llama_tokenize(self._vocab, raw, len(raw), ids, len(ids), True, True)
+        sampler = llama.llama_sampler_chain_init(llama.llama_sampler_chain_default_params())
+        llama.llama_sampler_chain_add(sampler, llama.llama_sampler_init_greedy())
+        one = (llama.llama_token * 1)()
+        batch = llama.llama_batch_get_one(one, 1)
+        assert llama.llama_decode(self._context, llama.llama_batch_get_one(ids, count)) == 0
+        made: list[int] = []
+        first = 0.0
+        while True:
+            token = llama.llama_sampler_sample(sampler, self._context, -1)
+            made.append(token)
+            first = first or time.perf_counter() - began
+            if llama.llama_vocab_is_eog(self._vocab, token) or len(made) >= max_tokens:
+                break
+            one[0] = token
+            assert llama.llama_decode(self._context, batch) == 0
+        llama.llama_sampler_free(sampler)
+        return made, first, time.perf_counter() - began
+
+
+def decode_sides(conductor: Any, bare: BareLoop, max_tokens: int) -> dict[str, Callable[[], dict[str, float]]]:
+    """The two sides of a round: {side: run it once and return its figures}."""
+    expected, _, _ = bare.generate(PROMPT, max_tokens)
+
+    def limit() -> dict[str, float]:
+        made, first, elapsed = bare.generate(PROMPT, max_tokens)
+        return {"tokens_per_s": len(made) / elapsed, "first_token_ms": first * 1000}
+
+    def actor() -> dict[str, float]:
+        began = time.perf_counter()
+        result = ray.get(conductor.decode.remote("bench", PROMPT, max_tokens=max_tokens, reset=True))
+        elapsed = time.perf_counter() - began
+        assert list(result.tokens) == expected, "the actor's tokens differ from the bare loop's"
+        began = time.perf_counter()
+        ray.get(conductor.decode.remote("bench", PROMPT, max_tokens=1, reset=True))
+        return {"tokens_per_s": result.generated_tokens / elapsed, "first_token_ms": (time.perf_counter() - began) * 1000}
+
+    return {"bare loop": limit, "actor": actor}
+
+
+def ledger_sides(plan: ModelPlan, spec: ContextSpec, reservations: int) -> dict[str, Callable[[], dict[str, float]]]:
+    """Decisions on a ledger of that many reservations, in microseconds each."""
+    ledger = Ledger(1 << 40)
+    books = Books(ledger, {}, live_contexts=1)
+    for i in range(reservations):
+        books.reserve(f"holder-{i}", 1 << 20, None)
+    newcomer = AgentSpec(AgentId("newcomer"), plan, spec, context_bytes(plan.geometry, spec, device=plan.device))
+    count = 200
+
+    def admission() -> dict[str, float]:
+        began = time.perf_counter()
+        for _ in range(count):
+            books.decide(newcomer, weights_are_booked=False)
+        return {"us": (time.perf_counter() - began) / count * 1e6}
+
+    def booking() -> dict[str, float]:
+        began = time.perf_counter()
+        for _ in range(count):
+            books.release(books.reserve("newcomer", 1 << 20, None))
+        return {"us": (time.perf_counter() - began) / count * 1e6}
+
+    return {"admission decision": admission, "reserve and release": booking}
+
+
+def main(
+    config: Annotated[Path | None, typer.Option("--config", "-c", help="Configuration of the conductor.")] = None,
+    model: Annotated[str, typer.Option(help="A key of the configuration.")] = "coder",
+    max_tokens: Annotated[int, typer.Option(help="Tokens of each turn.")] = 400,
+    repeats: Annotated[int, typer.Option(help="Counted rounds.")] = 9,
+    reservations: Annotated[int, typer.Option(help="Size of the ledger.")] = 1000,
+    save: Annotated[Path | None, typer.Option(help="Where the JSON goes (default: benchmarks/results).")] = None,
+) -> None:
+    """Print the ratios and save them."""
+    settings: Config = load_config(config)
+    ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    conductor = actors.connect(settings)
+    status: Status = ray.get(conductor.status.remote())
+    plan = Catalog(settings).plan(model, status.device.kind)
+    admission = ray.get(conductor.register.remote("bench", model))
+    spec = settings.context_spec(plan.key, admission.window)
+    bare = BareLoop(plan, spec, n_threads=status.threads)
+    decode = harness.in_turns(decode_sides(conductor, bare, max_tokens), repeats=repeats)
+    ledger = harness.in_turns(ledger_sides(plan, spec, reservations), repeats=max(repeats, 25))
+    actors.stop(conductor)
+    ray.shutdown()
+
+    rate = harness.median_ratio(decode["actor"]["tokens_per_s"], decode["bare loop"]["tokens_per_s"])
+    late = harness.median(decode["actor"]["first_token_ms"]) - harness.median(decode["bare loop"]["first_token_ms"])
+    rows = [[side, f"{harness.median(f['tokens_per_s']):.0f}", f"{harness.median(f['first_token_ms']):.2f}"]
+            for side, f in decode.items()]  # fmt: skip
+    harness.table(f"{model} on {status.device.name}, one agent, greedy", ["", "tok/s", "first token, ms"], rows)
+    harness.out.print(f"actor / bare loop: [bold]{rate:.3f}[/] of the tok/s, [bold]{late:+.2f} ms[/] to the first token")
+    harness.table(f"ledger of {reservations} reservations", ["", "median µs"],
+                  [[side, f"{harness.median(f['us']):.1f}"] for side, f in ledger.items()])  # fmt: skip
+    figures = {"model": model, "max_tokens": max_tokens, "repeats": repeats, "tokens_per_s_ratio": rate,
+               "first_token_ms_added": late, "decode": decode, "reservations": reservations, "ledger": ledger}  # fmt: skip
+    harness.save(save or harness.RESULTS / f"overhead-{status.device.kind.value}.json", figures, status)
+
+
+if __name__ == "__main__":
+    typer.run(main)

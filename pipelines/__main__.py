@@ -1,0 +1,5 @@
+"""`python -m pipelines` is `conductor`, where the package is on the path but not installed."""
+
+from pipelines.cli import main
+
+main()
