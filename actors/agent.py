@@ -37,14 +37,15 @@ class AgentProcess:
         self._opening = [{"role": "system", "content": system}] if system else []
         self._messages: list[dict[str, str]] = list(self._opening)
         self._admission: Admission | None = None
-        self._one_turn = asyncio.Lock()
+        self._one_turn, self._one_registration = asyncio.Lock(), asyncio.Lock()
 
     async def admission(self) -> Admission:
         """Register on the first call; afterwards what was promised. Raises what the conductor's register raises."""
-        if self._admission is None:
-            call = self._conductor.register.remote(self._id, self._model, owner=Owner.current(), **self._terms)
-            self._admission = await _result(call)
-        return self._admission
+        async with self._one_registration:
+            if self._admission is None:
+                call = self._conductor.register.remote(self._id, self._model, owner=Owner.current(), **self._terms)
+                self._admission = await _result(call)
+            return self._admission
 
     async def ask(self, text: str, *, fresh: bool = False, **options: Any) -> DecodeResult:
         """Say something and get the answer. `fresh` begins a new conversation. A failed turn leaves no message behind."""

@@ -99,9 +99,11 @@ class GpuConductorActor:
         stays until unregistered. Raises InvalidRequest, ModelError, AdmissionRefused: nothing is booked then.
         """
         await self._ready()
-        return await self._conductor.register(
+        admission = await self._conductor.register(
             agent_id, model, window=window, priority=priority, wait_s=wait_s, owner=self._watch(owner)
         )
+        self._watch(owner)  # again: a death told before the booking found nothing to give back, and is told once more
+        return admission
 
     async def unregister(self, agent_id: str) -> None:
         """Let an agent go; its bytes are back when this returns, its model's too if it was the last user."""

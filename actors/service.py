@@ -6,6 +6,7 @@ ends its Ray and nothing else. It asks for a token, which lies beside the file, 
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import secrets
@@ -56,9 +57,15 @@ def running() -> Service | None:
 
 
 def start(config: str | None) -> Service:
-    """Start a Ray that stays. Raises ServiceFailed with the end of its log."""
+    """Start a Ray that stays, or return the one that somebody else has just started. Raises ServiceFailed with its log's end."""
     directory = runtime_directory()
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with (directory / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return running() or _start(directory, config)
+
+
+def _start(directory: Path, config: str | None) -> Service:
     environment = _authentication(directory)
     port = _free_port()
     command = [
@@ -75,15 +82,22 @@ def start(config: str | None) -> Service:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+    try:
+        _await_start(process, log)
+        service = Service(f"127.0.0.1:{port}", process.pid, psutil.Process(process.pid).create_time(), config, environment)
+        _file().write_text(json.dumps(asdict(service)), "utf-8")
+    except BaseException:  # Ctrl-C too: a Ray that is in no file would never be stopped
+        process.terminate()
+        raise
+    return service
+
+
+def _await_start(process: subprocess.Popen[bytes], log: Path) -> None:
     deadline = time.monotonic() + _START_WITHIN_S
     while "Ray runtime started" not in log.read_text("utf-8", "replace"):
         if process.poll() is not None or time.monotonic() > deadline:
-            process.terminate()
             raise ServiceFailed(f"Ray did not start; the end of {log}:\n{_tail(log)}")
         time.sleep(0.1)
-    service = Service(f"127.0.0.1:{port}", process.pid, psutil.Process(process.pid).create_time(), config, environment)
-    _file().write_text(json.dumps(asdict(service)), "utf-8")
-    return service
 
 
 def stop(service: Service) -> None:

@@ -10,6 +10,7 @@ own ratios.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import logging
 import sys
 import time
@@ -87,22 +88,33 @@ class BareLoop:
         return made, first, time.perf_counter() - began
 
 
+def prompt(number: int) -> str:
+    """Prompts of one length that part at their first line, so that no KV of an earlier round can be reused."""
+    return f"# {number:04d}\n{PROMPT}"
+
+
 def decode_sides(conductor: Any, bare: BareLoop, max_tokens: int) -> dict[str, Callable[[], dict[str, float]]]:
-    """The two sides of a round: {side: run it once and return its figures}."""
-    expected, _, _ = bare.generate(PROMPT, max_tokens)
+    """The two sides of a round: {side: run it once and return its figures}. The bare loop goes first."""
+    numbers = {"bare": itertools.count(), "actor": itertools.count()}
+    expected: dict[str, list[int]] = {}
 
     def limit() -> dict[str, float]:
-        made, first, elapsed = bare.generate(PROMPT, max_tokens)
-        return {"tokens_per_s": len(made) / elapsed, "first_token_ms": first * 1000}
+        text = prompt(next(numbers["bare"]))
+        expected[text], first, elapsed = bare.generate(text, max_tokens)
+        return {"tokens_per_s": len(expected[text]) / elapsed, "first_token_ms": first * 1000}
 
     def actor() -> dict[str, float]:
+        text = prompt(next(numbers["actor"]))
         began = time.perf_counter()
-        result = ray.get(conductor.decode.remote("bench", PROMPT, max_tokens=max_tokens, reset=True))
+        ray.get(conductor.decode.remote("bench", text, max_tokens=1, reset=True))
+        first = time.perf_counter() - began
+        ray.get(conductor.decode.remote("bench", "x", max_tokens=1, reset=True))  # the next call is to read its prompt itself
+        began = time.perf_counter()
+        result = ray.get(conductor.decode.remote("bench", text, max_tokens=max_tokens, reset=True))
         elapsed = time.perf_counter() - began
-        assert list(result.tokens) == expected, "the actor's tokens differ from the bare loop's"
-        began = time.perf_counter()
-        ray.get(conductor.decode.remote("bench", PROMPT, max_tokens=1, reset=True))
-        return {"tokens_per_s": result.generated_tokens / elapsed, "first_token_ms": (time.perf_counter() - began) * 1000}
+        assert list(result.tokens) == expected[text], "the actor's tokens differ from the bare loop's"
+        assert result.prompt_tokens_reused <= 1, "the actor had read the prompt before"
+        return {"tokens_per_s": result.generated_tokens / elapsed, "first_token_ms": first * 1000}
 
     return {"bare loop": limit, "actor": actor}
 

@@ -158,11 +158,18 @@ def parse_config(document: object, *, source: str, directory: Path) -> Config:
     except ValidationError as error:
         first = error.errors()[0]
         raise ConfigError(source, ".".join(map(str, first["loc"])), _explain(first)) from error
+    for section, context in _contexts(config):
+        if not context.flash_attention and context.kv_type in ("q8_0", "q4_0"):
+            raise ConfigError(source, f"{section}.kv_type", f"{context.kv_type} needs flash_attention, which is false")
     for key in config.models:
         if not key or "/" in key or key.endswith(".gguf"):
             raise ConfigError(source, f"models.{key}", "a model's key must not look like a path")
     config._directory, config._source = directory, source
     return config
+
+
+def _contexts(config: Config) -> list[tuple[str, ContextSpec]]:
+    return [("context", config.context_spec(None, 1)), *((f"models.{key}", config.context_spec(key, 1)) for key in config.models)]
 
 
 def _explain(problem: Any) -> str:

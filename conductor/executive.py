@@ -154,7 +154,12 @@ class Executive:
     def _spawn(self, work: Any) -> None:
         task = asyncio.create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("work ended with an error that no caller hears of", exc_info=error)
 
     async def _in(self, threads: Executor, function: Callable[..., T], *arguments: object) -> T:
         return await self._loop.run_in_executor(threads, function, *arguments)

@@ -19,17 +19,18 @@ from conductor.backend.catalog import Catalog
 from conductor.backend.engine import Engine
 from conductor.config import Config
 from conductor.core import actions, events
-from conductor.core.estimate import ModelPlan, context_bytes
+from conductor.core.estimate import KV_BLOCKS, ModelPlan, context_bytes
 from conductor.core.events import AgentSpec
 from conductor.core.ledger import OverCap
 from conductor.core.sessions import Phase, Stage
 from conductor.core.state import State
-from conductor.errors import ConfigError
+from conductor.errors import ConfigError, ModelLoadFailed
 from conductor.executive import Executive
 from conductor.types import (
     Admission,
     AgentStatus,
     Chunk,
+    ContextSpec,
     DecodeResult,
     DeviceStatus,
     Kind,
@@ -121,18 +122,21 @@ class GpuConductor:
         rank = requests.priority(priority)
         plan = await self._plan(requests.text("model", model))
         context = self.config.context_spec(plan.key, asked or self.config.window(plan.key, plan.geometry.trained_window))
+        _check_kv_type(plan, context)
         price = context_bytes(plan.geometry, context, device=plan.device)
         spec = AgentSpec(id, plan, context, price, rank, owner)
         request = self._executive.request()
         event = events.RegisterRequested(request, spec, may_wait=patience > 0)
-        deadline = self._loop.call_later(patience, self._executive.dispatch, events.RegisterAbandoned(request, timed_out=True))
+        time_is_up = events.RegisterAbandoned(request, timed_out=True)
+        deadline = self._loop.call_later(patience, self._executive.dispatch, time_is_up) if patience else None
         try:
             admitted: actions.Admit = await self._executive.ask(request, event)
         except asyncio.CancelledError:
             self._executive.dispatch(events.RegisterAbandoned(request))  # a grant that nobody receives is given back
             raise
         finally:
-            deadline.cancel()
+            if deadline is not None:
+                deadline.cancel()
         return Admission(
             agent_id=id,
             model=plan.key,
@@ -287,6 +291,15 @@ class GpuConductor:
 
 def _label(booked: Reservation) -> str:
     return "turns" if booked.kind is Kind.HEADROOM else f"{booked.kind.value}:{booked.holder}"
+
+
+def _check_kv_type(plan: ModelPlan, context: ContextSpec) -> None:
+    """What llama.cpp would refuse only when the context is made, after the agent was admitted."""
+    block, _ = KV_BLOCKS[context.kv_type]
+    for size in (plan.geometry.head_dim_k, plan.geometry.head_dim_v):
+        if size % block:
+            problem = f"its head size of {size} cannot be cut into the blocks of {block} that {context.kv_type} has"
+            raise ModelLoadFailed(plan.path, problem)
 
 
 def _warnings(plan: ModelPlan, window: int) -> tuple[str, ...]:

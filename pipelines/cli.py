@@ -17,7 +17,7 @@ import actors
 from actors import service
 from conductor import __version__
 from conductor.config import Config, load_config
-from conductor.errors import InternalError, NotRunning
+from conductor.errors import ConductorError, InternalError, InvalidRequest, NotRunning
 from conductor.types import Chunk, DecodeResult
 from pipelines import demo as demo_pipeline
 from pipelines import estimates, tables
@@ -128,7 +128,8 @@ def down() -> None:
         running = service.running()
         if running is None and "RAY_ADDRESS" not in os.environ:
             raise NotRunning
-        with contextlib.suppress(NotRunning):
+        # A Ray of our own ends in any case, with all that runs in it: even if its conductor cannot be found or answers no more.
+        with contextlib.suppress(NotRunning if running is None else ConductorError):
             actors.stop(_conductor(load_config(running.config if running else None)))
         ray.shutdown()
         if running is not None:
@@ -158,12 +159,13 @@ def register(
         admission = ray.get(call)
         show(admission, tables.admissions([admission]), as_json=as_json)
         for warning in admission.warnings:
-            err.print(f"warning: {warning}", style="yellow")
+            err.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)
 
 
 def _path(model: str) -> str:
     """A path as the conductor must hear it: it does not know where this command runs."""
-    return str(Path(model).absolute()) if model.endswith(".gguf") and Path(model).exists() else model
+    names_a_path = os.sep in model or model.endswith(".gguf")
+    return str(Path(model).absolute()) if names_a_path and Path(model).exists() else model
 
 
 @app.command()
@@ -195,7 +197,7 @@ def decode(
     Example: conductor decode ada --chat "Write a Python function `is_prime(n)`."
     """
     with _session(config, as_json=as_json) as conductor:
-        text = sys.stdin.read() if prompt == "-" else prompt
+        text = _standard_input() if prompt == "-" else prompt
         what: dict[str, Any] = {"messages": [{"role": "user", "content": text}]} if chat else {"prompt": text}
         options: dict[str, Any] = {
             "max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
@@ -206,6 +208,13 @@ def decode(
         else:
             result = _print_stream(actors.stream(conductor, agent_id, **what, **options))
             err.print(tables.cost(result), style="dim", markup=False)
+
+
+def _standard_input() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise InvalidRequest("prompt", f"standard input is no text: {error}") from None
 
 
 def _print_stream(stream: Iterator[Chunk | DecodeResult]) -> DecodeResult:
@@ -236,7 +245,8 @@ def chat(
         agent_id = name or f"chat-{os.getpid()}"
         owner = actors.Owner.current()  # if this process is killed, the agent goes with it
         admission = ray.get(conductor.register.remote(agent_id, _path(model), window=window, wait_s=wait, owner=owner))
-        out.print(f"[dim]{agent_id} on {admission.model}, {admission.window:,} tokens; Ctrl-D ends, /reset begins anew[/]")
+        welcome = f"{agent_id} on {admission.model}, {admission.window:,} tokens; Ctrl-D ends, /reset begins anew"
+        out.print(welcome, style="dim", markup=False)
         opening = [{"role": "system", "content": system}] if system else []
         messages = list(opening)
         try:
@@ -259,6 +269,8 @@ def _ask_person() -> str | None:
             said = input("> ").strip()
         except EOFError:
             return None
+        except UnicodeDecodeError as error:
+            raise InvalidRequest("messages", f"standard input is no text: {error}") from None
         if said:
             return said
 
@@ -308,6 +320,8 @@ def demo(
 
     Exit code 0 only if every claim it shows was checked and holds.
     """
+    if save is not None and not save.absolute().parent.is_dir():
+        raise typer.BadParameter(f"there is no directory {save.parent}", param_hint="--save")
     with errors():
         holds = demo_pipeline.run(load_config(config), request=request, save=save)
     raise typer.Exit(Exit.OK if holds else Exit.FAILED)

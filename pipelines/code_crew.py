@@ -24,7 +24,7 @@ from conductor.types import DecodeResult, Record
 ROLES = {"coder": "coder", "reviewer": "reviewer", "documenter": "documenter"}
 _REVIEW = "Review this Python code for security flaws:\n\n```python\n{code}\n```"
 _DOCUMENT = "Write the documentation for this Python function:\n\n```python\n{code}\n```"
-_FENCE = re.compile(r"```(?:python)?\s*\n(.*?)(?:\n```|\Z)", re.DOTALL)
+_FENCE = re.compile(r"```[^\n`]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)

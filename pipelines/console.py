@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from enum import IntEnum
 from typing import Any
 
+from ray.exceptions import RayActorError
 from rich.console import Console, RenderableType
 
 from actors.connection import own
-from conductor.errors import AdmissionRefused, ConductorError, InvalidRequest, ModelError
+from conductor.errors import AdmissionRefused, ConductorError, InvalidRequest, ModelError, ServiceFailed
 from pipelines import tables
 
 out = Console(highlight=False, soft_wrap=False)
@@ -44,18 +45,26 @@ def errors(*, as_json: bool = False) -> Iterator[None]:
     """Turn the project's errors into a message on standard error (or JSON on standard output) and an exit code."""
     try:
         yield
-    except ConductorError as raised:
-        error = own(raised)
+    except (ConductorError, RayActorError) as raised:
+        error = _told(raised)
         if as_json:
             print_json(_as_json(error))
         elif isinstance(error, AdmissionRefused):
-            err.print(tables.refusal(error.refusal))
-            err.print(str(error).partition("\n")[2], markup=False)
+            err.print(tables.refusal(error.refusal), crop=False)
+            err.print(str(error).partition("\n")[2], markup=False, soft_wrap=True)
         else:
-            err.print(f"error: {error}", style="red", markup=False)
+            err.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         raise SystemExit(_exit_code(error)) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+
+
+def _told(raised: BaseException) -> BaseException:
+    error = own(raised)
+    if isinstance(error, RayActorError):
+        why = str(error).partition("\n")[0]
+        return ServiceFailed(f"the conductor ended during this call, and nobody is registered any more ({why})")
+    return error
 
 
 def _as_json(error: BaseException) -> dict[str, Any]:

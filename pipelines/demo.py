@@ -111,7 +111,7 @@ class _Demo:
         status = self._status()
         out.print(Rule("the device"))
         cap = format_bytes(status.ledger.max_bytes)
-        out.print(f"[bold]{status.device.name}[/] — {status.device.chosen}; {cap} may be booked")
+        out.print(Text.assemble((status.device.name, "bold"), f" — {status.device.chosen}; {cap} may be booked"))
         self._transcript.step("device", status=status.to_json())
 
     def _register(self) -> None:
@@ -188,7 +188,7 @@ class _Demo:
             self._transcript.claim(f"an agent with a window of {window:,} tokens is refused", False)
             return
         out.print(f"fourth asks for {window:,} tokens:")
-        out.print(tables.refusal(refusal))
+        out.print(tables.refusal(refusal), crop=False)
         if refusal.largest_window:
             out.print(f"A window of {refusal.largest_window:,} tokens would fit now.")
         self._transcript.step("refusal", window=window, refusal=refusal.to_json(), line=refusal.line)
@@ -209,7 +209,7 @@ class _Demo:
 
     def _crew(self, request: str) -> None:
         out.print(Rule("a code crew: coder, then reviewer and documenter"))
-        out.print(f"[bold]request[/]: {request}")
+        out.print(Text.assemble(("request", "bold"), f": {request}"))
         with CodeCrew(self._conductor) as crew:
             result: CrewResult = crew.run(request, on_turn=self._show_turn)
         self._transcript.step("crew", **result.to_json())
@@ -218,7 +218,8 @@ class _Demo:
         self._transcript.claim("the crew has left, the others are still here", names == list(self._agents))
 
     def _show_turn(self, role: str, result: DecodeResult) -> None:
-        out.print(Panel(Text(result.text), title=role, subtitle=tables.cost(result), title_align="left", subtitle_align="left"))
+        cost = Text(tables.cost(result))
+        out.print(Panel(Text(result.text), title=role, subtitle=cost, title_align="left", subtitle_align="left"))
 
     def _ray_beside_ledger(self, when: str) -> None:
         out.print(Rule(f"Ray's view, {when}"))

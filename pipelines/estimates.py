@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from conductor import requests
 from conductor.backend.catalog import Catalog
 from conductor.backend.device import open_device
 from conductor.backend.llama import Llama
@@ -45,13 +46,14 @@ class Estimate(Record):
 
 
 def estimate(config: Config, model: str, windows: Sequence[int]) -> Estimate:
-    """For each window what an agent of `model` costs on this machine's device. Raises ModelError, ConfigError."""
+    """For each window what an agent of `model` costs on this machine's device. Raises InvalidRequest, ModelError, ConfigError."""
+    asked = [requests.window(window) for window in windows]
     device = open_device(config.device, llama_supports_gpu=Llama.instance().supports_gpu, used_bytes=lambda: 0)
-    cap = device.read().total_bytes * config.admission_percent // 100 - device.others_bytes
+    cap = max(0, device.read().total_bytes * config.admission_percent // 100 - device.others_bytes) // MIB * MIB
     plan = Catalog(config).plan(model, device.kind)
     own = config.window(plan.key, plan.geometry.trained_window)
     rows = []
-    for window in windows or sorted({own, *(w for w in WINDOWS if w <= max(own, plan.geometry.trained_window))}):
+    for window in asked or sorted({own, *(w for w in WINDOWS if w <= max(own, plan.geometry.trained_window))}):
         spec = config.context_spec(plan.key, window)
         kv = kv_bytes(plan.geometry, spec) + plan.geometry.recurrent_bytes_per_sequence
         compute = compute_bytes(plan.geometry, spec, device=device.kind)
@@ -59,15 +61,16 @@ def estimate(config: Config, model: str, windows: Sequence[int]) -> Estimate:
         rows.append(WindowEstimate(window, kv, compute, total, total <= cap))
     return Estimate(
         model, plan.path, plan.geometry.architecture, plan.geometry.trained_window, device.name, device.kind,
-        max(0, cap) // MIB * MIB, plan.weights_bytes, tuple(rows),
+        cap, plan.weights_bytes, tuple(rows),
     )  # fmt: skip
 
 
 def table(estimate: Estimate) -> RenderableType:
-    head = (
-        f"[bold]{estimate.model}[/] ({estimate.architecture}, trained with {estimate.trained_window:,} tokens): "
+    head = Text.assemble(
+        (estimate.model, "bold"),
+        f" ({estimate.architecture}, trained with {estimate.trained_window:,} tokens): "
         f"weights {format_bytes(estimate.weights_bytes)}\n"
-        f"on {estimate.device}: {format_bytes(estimate.cap_bytes)} may be booked"
+        f"on {estimate.device}: {format_bytes(estimate.cap_bytes)} may be booked",
     )
     rows = Table(box=None, pad_edge=False, header_style="dim")
     for column in ("window", "KV", "compute", "with weights", "fits alone"):
@@ -75,4 +78,4 @@ def table(estimate: Estimate) -> RenderableType:
     for w in estimate.windows:
         sizes = map(format_bytes, (w.kv_bytes, w.compute_bytes, w.total_bytes))
         rows.add_row(f"{w.window:,}", *sizes, "[green]yes[/]" if w.fits else "[red]no[/]")
-    return Group(Text.from_markup(head), rows)
+    return Group(head, rows)

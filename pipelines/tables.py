@@ -28,12 +28,13 @@ def status(status: Status) -> RenderableType:
     device = status.device
     total, free, others = map(format_bytes, (device.total_bytes, device.free_bytes, device.others_bytes))
     saved, budget = format_bytes(status.host_memory.used_bytes), format_bytes(status.host_memory.budget_bytes)
-    lines = (
-        f"[bold]{device.name}[/] ({device.kind.value}; {device.chosen})",
-        f"{total} in all, {free} free, {others} held by others; live contexts: {status.live_contexts}; waiting: {status.waiting}",
+    lines = Text.assemble(
+        (device.name, "bold"),
+        f" ({device.kind.value}; {device.chosen})\n",
+        f"{total} in all, {free} free, {others} held by others; live contexts: {status.live_contexts}; waiting: {status.waiting}\n",
         f"saved KV: {saved} of {budget} host memory{' (page-locked)' if status.host_memory.pinned else ''}",
     )
-    parts: list[RenderableType] = [*map(Text.from_markup, lines), bar(status.ledger), reservations(status.ledger.reservations)]
+    parts: list[RenderableType] = [lines, bar(status.ledger), reservations(status.ledger.reservations)]
     if status.models:
         parts.append(models(status))
     if status.agents:
@@ -41,16 +42,19 @@ def status(status: Status) -> RenderableType:
     return Group(*parts, mirror(status.mirror))
 
 
-def bar(ledger: LedgerStatus, width: int = 64) -> RenderableType:
-    """The cap as a bar, booked bytes in true proportion: w weights, c context, h headroom, o overhead, x external."""
+def bar(ledger: LedgerStatus, width: int = 48) -> Text:
+    """The cap as a bar, booked bytes in true proportion: w weights, c context, h headroom, o overhead, x external.
+
+    What is booked at all has a letter; if that makes too many, the largest kind yields.
+    """
+    sizes = {kind: sum(r.bytes for r in ledger.reservations if r.kind is kind) for kind in _LETTERS}
+    letters = {kind: max(round(size * width / ledger.max_bytes), 1) for kind, size in sizes.items() if size}
+    while sum(letters.values()) > width:
+        letters[max(letters, key=letters.__getitem__)] -= 1
     line = Text("[")
-    shown = 0
-    for kind, letter in _LETTERS.items():
-        size = sum(r.bytes for r in ledger.reservations if r.kind is kind)
-        count = max(round(size * width / ledger.max_bytes), 1) if size else 0
-        line.append(letter * count, style=_COLOURS[kind])
-        shown += count
-    line.append("·" * max(0, width - shown) + "]")
+    for kind, count in letters.items():
+        line.append(_LETTERS[kind] * count, style=_COLOURS[kind])
+    line.append("·" * (width - sum(letters.values())) + "]")
     line.append(f" {format_bytes(ledger.allocated_bytes)} of {format_bytes(ledger.max_bytes)} booked")
     return line
 
@@ -58,14 +62,14 @@ def bar(ledger: LedgerStatus, width: int = 64) -> RenderableType:
 def reservations(items: Iterable[Reservation], title: str = "ledger") -> Table:
     table = _table(title, "id", "holder", "kind", "bytes", "")
     for r in items:
-        table.add_row(r.id, r.holder, Text(r.kind.value, style=_COLOURS[r.kind]), f"{r.bytes:,}", format_bytes(r.bytes))
+        _add(table, r.id, r.holder, Text(r.kind.value, style=_COLOURS[r.kind]), f"{r.bytes:,}", format_bytes(r.bytes))
     return table
 
 
 def models(status: Status) -> Table:
     table = _table("models", "key", "state", "agents", "weights", "file")
     for m in status.models:
-        table.add_row(m.key, m.state.value, str(m.agents), format_bytes(m.bytes), m.path)
+        _add(table, m.key, m.state.value, str(m.agents), format_bytes(m.bytes), m.path)
     return table
 
 
@@ -73,8 +77,8 @@ def agents(items: Sequence[AgentStatus]) -> Table:
     table = _table("agents", "id", "model", "window", "tokens", "KV", "context", "on host", "turns", "priority")
     for a in items:
         place = f"{a.kv.value}, busy" if a.busy else a.kv.value
-        table.add_row(
-            a.id, a.model, f"{a.window:,}", f"{a.tokens:,}", place, format_bytes(a.context_bytes),
+        _add(
+            table, a.id, a.model, f"{a.window:,}", f"{a.tokens:,}", place, format_bytes(a.context_bytes),
             format_bytes(a.host_bytes), str(a.turns), str(a.priority),
         )  # fmt: skip
     return table
@@ -84,15 +88,15 @@ def admissions(items: Iterable[Admission]) -> Table:
     table = _table("admitted", "id", "model", "window", "weights", "context", "added to the ledger")
     for a in items:
         weights = format_bytes(a.weights_bytes) + ("" if a.model_loaded else ", shared")
-        table.add_row(a.agent_id, a.model, f"{a.window:,}", weights, format_bytes(a.context_bytes), format_bytes(a.charged_bytes))
+        _add(table, a.agent_id, a.model, f"{a.window:,}", weights, format_bytes(a.context_bytes), format_bytes(a.charged_bytes))
     return table
 
 
 def decodes(items: Iterable[DecodeResult]) -> Table:
     table = _table("turns", "agent", "prompt", "made", "end", "first token", "all", "evicted", "restored", "moved")
     for d in items:
-        table.add_row(
-            d.agent_id, str(d.prompt_tokens), str(d.generated_tokens), d.finish_reason.value,
+        _add(
+            table, d.agent_id, str(d.prompt_tokens), str(d.generated_tokens), d.finish_reason.value,
             f"{d.time_to_first_token_ms:.1f} ms", f"{d.elapsed_ms:.1f} ms", d.kv_swap_evicted or "–",
             "yes" if d.kv_swap_restored else "–", format_bytes(d.swap_bytes),
         )  # fmt: skip
@@ -111,16 +115,20 @@ def cost(result: DecodeResult) -> str:
 
 
 def refusal(refused: Refusal) -> RenderableType:
-    return Group(Text(refused.line, style="bold red"), reservations(refused.holders, "who holds the bytes"))
+    """The line, and who holds the bytes. Print it with `crop=False`: the line is for `grep` too, and stays one line."""
+    line = Text(refused.line, style="bold red", no_wrap=True, overflow="ignore")
+    return Group(line, reservations(refused.holders, "who holds the bytes"))
 
 
 def mirror(status: MirrorStatus) -> RenderableType:
     """Ray's figures beside the ledger's."""
     colour = {"equal": "green", "behind": "yellow", "unmirrored": "red"}[status.state.value]
     note = f": {status.note}" if status.note else ""
-    return Text.from_markup(
-        f"Ray's mirror [{colour}]{status.state.value}[/]{note} — {status.resource or 'no resource'}: "
-        f"{status.used_mib:.2f} of {status.total_mib:.0f} MiB used, ledger {status.ledger_mib:.2f} MiB"
+    return Text.assemble(
+        "Ray's mirror ",
+        (status.state.value, colour),
+        f"{note} — {status.resource or 'no resource'}: "
+        f"{status.used_mib:.2f} of {status.total_mib:.0f} MiB used, ledger {status.ledger_mib:.2f} MiB",
     )
 
 
@@ -131,3 +139,8 @@ def _table(title: str, *columns: str) -> Table:
     for column in columns:
         table.add_column(column, justify="right" if column in right else "left", overflow="fold")
     return table
+
+
+def _add(table: Table, *cells: str | Text) -> None:
+    """A row of plain text: an id or a path may look like Rich's markup."""
+    table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in cells))

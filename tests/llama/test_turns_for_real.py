@@ -1,4 +1,4 @@
-"""Turns as users know them: chats, continuations, endings, streams, cancellations. Real models, and parrots where the text matters."""
+"""Turns as users know them: chats, endings, streams, cancellations. Real models, and parrots where the text matters."""
 
 from __future__ import annotations
 
@@ -58,9 +58,12 @@ async def agent_of(conductor: GpuConductor, id: str) -> AgentStatus:
 
 async def until(condition: Callable[[], Any]) -> None:
     """For facts that another task brings about: lets it run, and asks again."""
-    async with asyncio.timeout(20):
-        while not await condition():
+
+    async def ask() -> None:
+        while not await condition():  # noqa: ASYNC110 (the conductor tells nobody when a turn begins)
             await asyncio.sleep(0)
+
+    await asyncio.wait_for(ask(), timeout=20)
 
 
 @pytest.fixture
@@ -274,7 +277,14 @@ async def test_each_ending_has_its_name(parrot: Any) -> None:
 
 @pytest.mark.parametrize(
     ("stop", "text"),
-    [("cde", "ab"), (["zz", "fg", "de"], "abc"), (["abX", "jk"], "abcdefghij"), ("a", ""), (["bcd", "bc"], "a"), ("j", "abcdefghi")],
+    [
+        ("cde", "ab"),
+        (["zz", "fg", "de"], "abc"),
+        (["abX", "jk"], "abcdefghij"),
+        ("a", ""),
+        (["bcd", "bc"], "a"),
+        ("j", "abcdefghi"),
+    ],
 )
 async def test_stop_strings_cut_the_text_across_the_borders_of_tokens(parrot: Any, stop: Any, text: str) -> None:
     conductor = await parrot("abcdefghij")
@@ -454,7 +464,9 @@ def test_a_turn_ended_in_its_prompt_leaves_the_conversation_as_it_was(
     engine.unload(plan.id)
 
 
-def order(agent: AgentId, prompt: str, *, window: int, shift: bool = False, stopped: Callable[[], bool] = lambda: False) -> TurnOrder:
+def order(
+    agent: AgentId, prompt: str, *, window: int, shift: bool = False, stopped: Callable[[], bool] = lambda: False
+) -> TurnOrder:
     return TurnOrder(agent, DecodeRequest(prompt=prompt, max_tokens=12), window, context_shift=shift, stopped=stopped)
 
 

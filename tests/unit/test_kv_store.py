@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import strategies as st
@@ -49,7 +51,7 @@ class AnyOrder(RuleBasedStateMachine):
     def holes(self) -> list[tuple[int, int]]:
         """(offset, bytes) between the blobs."""
         edges = [(0, 0), *sorted((blob.offset, blob.bytes) for blob in self.blobs), (BUDGET, 0)]
-        return [(a + size, b - a - size) for (a, size), (b, _) in zip(edges, edges[1:], strict=False) if b > a + size]
+        return [(a + size, b - a - size) for (a, size), (b, _) in itertools.pairwise(edges) if b > a + size]
 
     @invariant()
     def blobs_and_holes_tile_the_arena(self) -> None:
