@@ -31,7 +31,8 @@ def status(status: Status) -> RenderableType:
     lines = Text.assemble(
         (device.name, "bold"),
         f" ({device.kind.value}; {device.chosen})\n",
-        f"{total} in all, {free} free, {others} held by others; live contexts: {status.live_contexts}; waiting: {status.waiting}\n",
+        f"{total} in all, {free} free, {others} held by others; ",
+        f"live contexts: {status.live_contexts}; waiting: {status.waiting}\n",
         f"saved KV: {saved} of {budget} host memory{' (page-locked)' if status.host_memory.pinned else ''}",
     )
     parts: list[RenderableType] = [lines, bar(status.ledger), reservations(status.ledger.reservations)]

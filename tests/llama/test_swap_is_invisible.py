@@ -110,7 +110,12 @@ async def test_two_agents_of_one_model_take_turns_without_a_trace(start: Start, 
 @pytest.mark.parametrize("n_batch", [512, 16])
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma3", "mamba"])
 async def test_every_architecture_survives_the_swap(start: Start, tmp_path: Path, architecture: str, n_batch: int) -> None:
-    """gemma3's conversations outgrow its sliding window of 64 tokens, mamba has a state that cannot be cut."""
+    """gemma3's conversations outgrow its sliding window of 64 tokens, mamba has a state that cannot be cut.
+
+    gemma3 is not exact: llama.cpp restores a sliding cache into other cells, so sums round in another order (0.01 in logits
+    that span 160). With random weights, whose best two tokens often nearly tie, one conversation in a hundred then takes
+    another token, so one of the three may. The other architectures are exact to the last bit, whatever the seed.
+    """
     path = write_tiny_gguf(tmp_path / "tiny.gguf", architecture=architecture, sliding_window=64, n_layer=6, seed=5)
     options = {"path": path, "n_batch": n_batch, "n_ubatch": n_batch}
     conductor = await start({"tiny": options})
@@ -119,8 +124,10 @@ async def test_every_architecture_survives_the_swap(start: Start, tmp_path: Path
         await conductor.register(name, "tiny", window=WINDOW)
     results = await one_by_one(conductor, agents, interleaved(agents, seed=6))
     assert sum(result.kv_swap_restored for result in results) > 5
-    for name, turns in agents.items():
-        assert said(results, name) == alone(path, turns, n_batch=n_batch, n_ubatch=n_batch)
+    differ = [
+        name for name, turns in agents.items() if said(results, name) != alone(path, turns, n_batch=n_batch, n_ubatch=n_batch)
+    ]
+    assert len(differ) <= (architecture == "gemma3"), differ
 
 
 async def test_without_host_memory_conversations_are_recomputed_and_go_on(start: Start) -> None:

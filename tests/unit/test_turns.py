@@ -98,6 +98,12 @@ def test_5_two_agents_of_a_closing_contexts_model_wait_for_one_place_not_for_two
     assert plan(waiting, places, live_contexts=3) == [], "x's place is becoming free for d: y may stay"
 
 
+def test_5_a_place_that_an_agent_of_its_model_waits_for_is_no_other_models() -> None:
+    places = [live("a", "m", Phase.CLOSING), live("y", "n")]
+    waiting = [turn(1, "b", "m"), turn(2, "d", "p")]
+    assert plan(waiting, places, live_contexts=2) == [close("y", for_turn=2)]
+
+
 def test_6_the_context_used_longest_ago_is_closed() -> None:
     places = [live("a", "m", last_turn=2), live("b", "n", last_turn=1), live("c", "o", last_turn=3)]
     assert plan([turn(1, "d", "p")], places, live_contexts=3) == [close("b", for_turn=1)]
