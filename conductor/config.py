@@ -138,13 +138,15 @@ def load_config(source: str | os.PathLike[str] | Config | None = None) -> Config
     path = Path(source or os.environ.get(ENVIRONMENT) or default_file())
     try:
         text = path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # a path with a NUL is a ValueError, as bytes that are no text are
         raise ConfigError(str(path), "", f"cannot be read: {error}") from error
     try:
         document = yaml.load(text, Loader=_UniqueKeyLoader)
     except yaml.YAMLError as error:
         problem = getattr(error, "problem", None) or error
         raise ConfigError(str(path), _position(error), f"is not valid YAML: {problem}") from error
+    except (ValueError, RecursionError) as error:  # a date that is none, a number of 5,000 digits, 3,000 brackets
+        raise ConfigError(str(path), "", f"holds a value that no option takes: {error}") from error
     return parse_config({} if document is None else document, source=str(path), directory=path.resolve().parent)
 
 

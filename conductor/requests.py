@@ -118,22 +118,34 @@ def _name(argument: str, value: object) -> str:
 
 def _integer(argument: str, value: object, *, at_least: int, at_most: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise InvalidRequest(argument, f"a whole number is expected, not {value!r}")
+        raise InvalidRequest(argument, f"a whole number is expected, not {_shown(value)}")
     if not at_least <= value <= at_most:
-        raise InvalidRequest(argument, f"{value} is outside {at_least} to {at_most}")
+        raise InvalidRequest(argument, f"{_shown(value)} is outside {at_least} to {at_most}")
     return value
 
 
 def _number(argument: str, value: object, *, at_least: float, at_most: float = math.inf) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise InvalidRequest(argument, f"a finite number is expected, not {value!r}")
-    if not at_least <= value <= at_most:
+    try:
+        number = math.nan if isinstance(value, bool) or not isinstance(value, (int, float)) else float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise InvalidRequest(argument, f"a finite number is expected, not {_shown(value)}")
+    if not at_least <= number <= at_most:
         bounds = f"{at_least:g} to {at_most:g}" if math.isfinite(at_most) else f"{at_least:g} or more"
-        raise InvalidRequest(argument, f"{value} is outside {bounds}")
-    return float(value)
+        raise InvalidRequest(argument, f"{number:g} is outside {bounds}")
+    return number
 
 
 def _flag(argument: str, value: object) -> bool:
     if not isinstance(value, bool):
-        raise InvalidRequest(argument, f"True or False is expected, not {value!r}")
+        raise InvalidRequest(argument, f"True or False is expected, not {_shown(value)}")
     return value
+
+
+def _shown(value: object) -> str:
+    """A value for a message, whatever its size."""
+    if isinstance(value, int) and value.bit_length() > 128:
+        return f"a number of {value.bit_length()} bits"
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"

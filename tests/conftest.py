@@ -55,5 +55,19 @@ async def start(tmp_path: Path) -> AsyncIterator[Start]:
         assert {reserved.kind.value for reserved in status.ledger.reservations if reserved.bytes} <= {"external"}
 
 
+@pytest.fixture
+def parrot(start: Start, tmp_path: Path) -> Start:
+    """`await parrot("text", …)`: a conductor with an agent `polly` that says the text."""
+    from tests.support.parrot import write_parrot
+
+    async def begin(says: str, *, ends: bool = True, window: int = 256, **options: Any) -> GpuConductor:
+        path = write_parrot(tmp_path / "parrot.gguf", says, ends=ends)
+        conductor = await start({"parrot": {"path": path, **options}})
+        await conductor.register("polly", "parrot", window=window)
+        return conductor
+
+    return begin
+
+
 def _options(model: Any) -> dict[str, Any]:
     return {"path": str(model)} if isinstance(model, (str, Path)) else {**model, "path": str(model["path"])}

@@ -45,7 +45,7 @@ class State:
         self.waitlist = Waitlist(limit=waitlist_limit)
         self.books = Books(self.ledger, self.agents, live_contexts=live_contexts)
         self.rotation = Rotation(self.agents, self.books, live_contexts=live_contexts)
-        #: registrations for a model that is being unloaded; taken up again when it is gone
+        #: registrations that came while their model is being unloaded or the last agent of that name leaves
         self._deferred: list[events.RegisterRequested] = []
         self._handlers: dict[type, Callable[[Any], Iterable[actions.Action]]] = {
             events.RegisterRequested: self._on_register,
@@ -69,6 +69,7 @@ class State:
         """Take in one event and return what is to be done about it, in order."""
         todo = list(self._handlers[type(event)](event))
         todo += self._see_off()
+        todo += self._take_up_deferred()
         todo += self._admit_waiting()
         todo += self.rotation.schedule()
         return todo
@@ -77,12 +78,11 @@ class State:
 
     def _on_register(self, event: events.RegisterRequested) -> list[actions.Action]:
         spec = event.agent
-        if self._is_known(spec.id):
-            return [actions.Refuse(event.request_id, DuplicateAgent(spec.id))]
-        model = self.models.get(spec.model.id)
-        if model is not None and model.state is ModelState.UNLOADING:
+        if self._must_wait_for_leavers(spec):
             self._deferred.append(event)
             return []
+        if self._is_known(spec.id):
+            return [actions.Refuse(event.request_id, DuplicateAgent(spec.id))]
         decision = self._decide(spec)
         if decision.outcome is Outcome.NEVER_FITS:
             return [actions.Refuse(event.request_id, self._refusal(RefusalCode.NEVER, spec))]
@@ -151,6 +151,22 @@ class State:
     def _refusal(self, code: RefusalCode, spec: AgentSpec) -> AdmissionRefused:
         return self.books.refuse_agent(code, spec, weights_are_booked=spec.model.id in self.models)
 
+    def _must_wait_for_leavers(self, spec: AgentSpec) -> bool:
+        """Whether something of the same name is on its way out: a model being unloaded, or an agent (a restarted one's past)."""
+        namesake, model = self.agents.get(spec.id), self.models.get(spec.model.id)
+        return (namesake is not None and namesake.stage is Stage.LEAVING) or (
+            model is not None and model.state is ModelState.UNLOADING
+        )
+
+    def _take_up_deferred(self) -> list[actions.Action]:
+        """Decide on those whose leavers have left, in the order of their arrival."""
+        todo: list[actions.Action] = []
+        if any(not self._must_wait_for_leavers(event.agent) for event in self._deferred):
+            deferred, self._deferred = self._deferred, []
+            for event in deferred:
+                todo += self._on_register(event)
+        return todo
+
     # --- models -----------------------------------------------------------------------------------------------------
 
     def _on_model_loaded(self, event: events.ModelLoaded) -> list[actions.Action]:
@@ -193,11 +209,7 @@ class State:
         model = self.models.pop(event.model_id)
         model.become("unloaded")
         self.ledger.release(model.reservation)
-        todo: list[actions.Action] = [actions.AnswerUnregister(leaver) for leaver in model.leavers]
-        deferred, self._deferred = self._deferred, []
-        for registration in deferred:
-            todo += self._on_register(registration)
-        return todo
+        return [actions.AnswerUnregister(leaver) for leaver in model.leavers]
 
     # --- leaving ----------------------------------------------------------------------------------------------------
 
