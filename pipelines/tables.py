@@ -106,12 +106,13 @@ def decodes(items: Iterable[DecodeResult]) -> Table:
 
 def cost(result: DecodeResult) -> str:
     """One line about a turn."""
-    rate = result.generated_tokens / max(1e-9, (result.elapsed_ms - result.time_to_first_token_ms) / 1000)
+    after_first, its_s = result.generated_tokens - 1, (result.elapsed_ms - result.time_to_first_token_ms) / 1000
+    rate = f", {after_first / its_s:.0f} tok/s" if after_first > 0 and its_s > 0 else ""
     swap = f"; evicted {result.kv_swap_evicted}" if result.kv_swap_evicted else ""
     swap += "; restored" if result.kv_swap_restored else ""
     return (
         f"{result.prompt_tokens} prompt + {result.generated_tokens} made ({result.finish_reason.value}), "
-        f"first after {result.time_to_first_token_ms:.0f} ms, {rate:.0f} tok/s{swap}"
+        f"first after {result.time_to_first_token_ms:.0f} ms{rate}{swap}"
     )
 
 

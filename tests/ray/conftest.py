@@ -8,11 +8,16 @@ os.environ.update(RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0")
 
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
 
+import actors
 from actors._ray_private import advertise_resource
+from tests.support.conducting import Conduct, Conductor, config_of
+from tests.support.parrot import write_parrot
 
 
 @pytest.fixture(scope="session")
@@ -37,3 +42,25 @@ def vram_resource(ray_session: None) -> Iterator[str]:
     name = f"vram_{uuid.uuid4().hex[:8]}"
     yield name
     advertise_resource(ray.get_runtime_context().get_node_id(), name, 0)
+
+
+@pytest.fixture
+def conduct(vram_resource: str, tmp_path: Path) -> Iterator[Conduct]:
+    """`conduct(models={key: path}, …)`: starts it; at the end its books are checked, and it is stopped."""
+    started: list[Conductor] = []
+
+    def begin(models: dict[str, Path] | None = None, **options: Any) -> Conductor:
+        conductor = Conductor(config_of(vram_resource, tmp_path, models or {}, **options))
+        started.append(conductor)
+        return conductor
+
+    yield begin
+    for conductor in started:
+        conductor.call("check")
+        actors.stop(conductor.handle)
+
+
+@pytest.fixture
+def endless(tmp_path: Path) -> Path:
+    """A model that never ends its turn."""
+    return write_parrot(tmp_path / "endless.gguf", "abcdefghij", ends=False)

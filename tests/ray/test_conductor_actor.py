@@ -1,12 +1,10 @@
-"""The conductor as Ray users meet it: a real actor in a real cluster, real llama.cpp inside, processes that really die."""
+"""The conductor as Ray users meet it: a real actor in a real cluster, real llama.cpp inside."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import signal
-import struct
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,103 +13,26 @@ import ray
 from ray.exceptions import RayTaskError, WorkerCrashedError
 
 import actors
-from actors.deaths import Owner
 from conductor import errors
 from conductor.backend.catalog import Catalog
-from conductor.config import Config, parse_config
+from conductor.config import Config
 from conductor.core.estimate import context_bytes
 from conductor.errors import AdmissionRefused, RefusalCode
-from conductor.types import Admission, Chunk, DecodeResult, DeviceKind, FinishReason, Kind, KvPlace, MirrorState, Status
+from conductor.types import Admission, Chunk, DecodeResult, DeviceKind, FinishReason, Kind, KvPlace, MirrorState
 from conductor.units import MIB
-from tests.conftest import ROOT
+from tests.support.conducting import Conduct, Conductor, config_of
 from tests.support.eventually import eventually
-from tests.support.parrot import write_parrot
+from tests.support.talk import ENDLESS, SHIPPED, TASK
 from tests.support.tiny_gguf import write_tiny_gguf
 
-#: The promise to users: a dead agent's memory is given back within two seconds.
-WITHIN_S = 2.0
-ENDLESS = {"max_tokens": 2**31 - 1, "context_shift": True}
-TASK = "Write a Python function `add(a, b)` that returns the sum of two numbers."
-ANOTHER = "Write a Python function `sub(a, b)` that returns the difference of two numbers."
+# --- calls ------------------------------------------------------------------------------------------------------------
 
 
-class Conductor:
-    """A conductor of the test's own, as a test talks to it."""
-
-    def __init__(self, config: Config) -> None:
-        self.config = config
-        self.handle = actors.connect(config)
-
-    def call(self, method: str, *arguments: Any, **options: Any) -> Any:
-        return ray.get(getattr(self.handle, method).remote(*arguments, **options))
-
-    def status(self) -> Status:
-        status: Status = self.call("status")
-        assert status.ledger.allocated_bytes == sum(reserved.bytes for reserved in status.ledger.reservations)
-        return status
-
-    def is_busy(self, agent: str) -> bool:
-        return any(known.busy for known in self.call("list") if known.id == agent)
-
-    def is_empty(self) -> bool:
-        status = self.status()
-        return (status.agents, status.models, status.ledger.allocated_bytes, status.host_memory.used_bytes) == ((), (), 0, 0)
-
-    def free_mib(self) -> float:
-        """As anybody on the cluster sees it."""
-        return ray.available_resources().get(self.config.ray.resource, 0.0)
-
-
-Conduct = Callable[..., Conductor]
-
-
-@pytest.fixture
-def conduct(vram_resource: str, tmp_path: Path) -> Iterator[Conduct]:
-    """`conduct(models={key: path}, …)`: starts it; at the end its books are checked, and it is stopped."""
-    started: list[Conductor] = []
-
-    def begin(models: dict[str, Path] | None = None, **options: Any) -> Conductor:
-        conductor = Conductor(config_of(vram_resource, tmp_path, models or {}, **options))
-        started.append(conductor)
-        return conductor
-
-    yield begin
-    for conductor in started:
-        conductor.call("check")
-        actors.stop(conductor.handle)
-
-
-def config_of(resource: str, directory: Path, models: dict[str, Path], **options: Any) -> Config:
-    document = {
-        "device": {"kind": "host", "host_bytes": "64MiB"},
-        "host_kv_budget": "8MiB",
-        "threads": 1,
-        "model_dirs": [str(directory)],
-        "models": {key: {"path": str(path), "window": 512} for key, path in models.items()},
-        "ray": {"namespace": f"ns-{resource}", "name": f"conductor-{resource}", "resource": resource},
-        **options,
-    }
-    return parse_config(document, source="test.yaml", directory=directory)
-
-
-@pytest.fixture
-def shipped() -> dict[str, Path]:
-    return {name: ROOT / "models" / f"{name}.gguf" for name in ("coder", "reviewer", "documenter")}
-
-
-@pytest.fixture
-def endless(tmp_path: Path) -> Path:
-    return write_parrot(tmp_path / "endless.gguf", "abcdefghij", ends=False)
-
-
-# --- calls --------------------------------------------------------------------------------------------------------------
-
-
-def test_errors_arrive_as_the_projects_own_with_their_fields(conduct: Conduct, shipped: dict[str, Path], tmp_path: Path) -> None:
+def test_errors_arrive_as_the_projects_own_with_their_fields(conduct: Conduct, tmp_path: Path) -> None:
     (tmp_path / "bad.gguf").write_bytes(b"nonsense")
     write_tiny_gguf(tmp_path / "strange.gguf", architecture="nonesuch")
     write_tiny_gguf(tmp_path / "mute.gguf", chat_template=None)
-    conductor = conduct({**shipped, "bad": tmp_path / "bad.gguf", "strange": tmp_path / "strange.gguf"})
+    conductor = conduct({**SHIPPED, "bad": tmp_path / "bad.gguf", "strange": tmp_path / "strange.gguf"})
     conductor.call("register", "ada", "coder", window=64)
     conductor.call("register", "mute", str(tmp_path / "mute.gguf"))
 
@@ -207,11 +128,11 @@ def test_help_tells_every_public_call(conduct: Conduct) -> None:
     assert "window: int | None = None" in text.replace("'", "")
 
 
-# --- streams ------------------------------------------------------------------------------------------------------------
+# --- streams ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_stream_yields_chunks_and_then_the_result(conduct: Conduct, shipped: dict[str, Path]) -> None:
-    conductor = conduct({"coder": shipped["coder"]}, stream_interval_ms=0)
+def test_a_stream_yields_chunks_and_then_the_result(conduct: Conduct) -> None:
+    conductor = conduct({"coder": SHIPPED["coder"]}, stream_interval_ms=0)
     conductor.call("register", "ada", "coder")
     messages = [{"role": "user", "content": TASK}]
     *chunks, result = actors.stream(conductor.handle, "ada", messages=messages)
@@ -256,143 +177,7 @@ def test_a_reader_who_is_killed_frees_its_turn(conduct: Conduct, endless: Path, 
         ray.get(reader)
 
 
-# --- other tasks' bytes -------------------------------------------------------------------------------------------------
-
-
-@ray.remote(num_cpus=0, max_retries=0)
-def borrow(conductor: Any, pid_file: str) -> None:
-    returned = ray.get(conductor.reserve.remote("cupy", 3 * MIB))
-    assert ray.get(conductor.release.remote(returned)) == 3 * MIB
-    ray.get(conductor.reserve.remote("torch", 5 * MIB, owner=Owner.current()))
-    Path(f"{pid_file}.new").write_text(str(os.getpid()))
-    os.replace(f"{pid_file}.new", pid_file)
-    signal.pause()
-
-
-def test_what_a_task_reserves_comes_back_when_it_releases_it_and_when_it_dies(conduct: Conduct, tmp_path: Path) -> None:
-    conductor = conduct()
-    pid_file = tmp_path / "pid"
-    task = borrow.remote(conductor.handle, str(pid_file))
-    eventually(pid_file.exists, within_s=30)
-    reserved = [(r.holder, r.kind, r.bytes) for r in conductor.status().ledger.reservations if r.bytes]
-    assert reserved == [("torch", Kind.EXTERNAL, 5 * MIB)]
-    assert conductor.call("mirrored").state is MirrorState.EQUAL
-    os.kill(int(pid_file.read_text()), signal.SIGKILL)
-    eventually(lambda: conductor.status().ledger.allocated_bytes == 0, WITHIN_S)
-    assert conductor.call("mirrored").used_mib == 0
-    with pytest.raises(WorkerCrashedError):
-        ray.get(task)
-
-
-# --- agents -------------------------------------------------------------------------------------------------------------
-
-
-def test_an_agent_asks_streams_and_remembers(conduct: Conduct, shipped: dict[str, Path]) -> None:
-    conductor = conduct(shipped)
-    agent = actors.spawn_agent("ada", "coder", conductor=conductor.handle, window=512, system="You write Python.")
-    assert ray.get(agent.admission.remote()).window == 512
-    first = ray.get(agent.ask.remote(TASK))
-    assert first.stopped_on_eos
-    assert "def add(a, b)" in first.text
-    *chunks, second = [ray.get(item) for item in agent.stream.remote(ANOTHER)]
-    assert "".join(chunk.text for chunk in chunks) == second.text
-    assert second.prompt_tokens_reused == first.prompt_tokens + first.generated_tokens - 1
-    said = ray.get(agent.messages.remote())
-    assert [message["role"] for message in said] == ["system", "user", "assistant", "user", "assistant"]
-    assert [message["content"] for message in said[1:]] == [TASK, first.text, ANOTHER, second.text]
-    with pytest.raises(errors.WindowFull):
-        ray.get(agent.ask.remote("long " * 2000))
-    assert ray.get(agent.messages.remote()) == said
-    fresh = ray.get(agent.ask.remote(TASK, fresh=True))
-    assert fresh.text == first.text
-    ray.get(agent.close.remote())
-    ray.get(agent.close.remote())
-    assert conductor.is_empty()
-    ray.kill(agent)
-
-
-def test_an_agent_that_is_asked_before_it_was_admitted_registers_once(conduct: Conduct, shipped: dict[str, Path]) -> None:
-    conductor = conduct(shipped)
-    agent = actors.AgentActor.remote(conductor.handle, "ada", "coder", window=512)
-    answers = ray.get([agent.admission.remote(), agent.ask.remote(TASK), agent.admission.remote()])
-    assert answers[0] == answers[2]
-    ray.kill(agent)
-
-
-def test_a_killed_agent_gives_everything_back_within_two_seconds(conduct: Conduct, shipped: dict[str, Path]) -> None:
-    conductor = conduct(shipped)
-    doomed = actors.spawn_agent("ada", "coder", conductor=conductor.handle)
-    survivor = actors.spawn_agent("bob", "reviewer", conductor=conductor.handle)
-    ray.get([doomed.ask.remote(TASK), survivor.ask.remote("Review this."), doomed.ask.remote(ANOTHER)])
-    os.kill(pid_of(doomed), signal.SIGKILL)
-    eventually(lambda: [agent.id for agent in conductor.status().agents] == ["bob"], WITHIN_S)
-    assert [model.key for model in conductor.status().models] == ["reviewer"]
-    assert {reserved.holder for reserved in conductor.status().ledger.reservations} <= {"reviewer", "bob", "conductor"}
-    assert ray.get(survivor.ask.remote("Review this again.")).generated_tokens
-    os.kill(pid_of(survivor), signal.SIGKILL)
-    eventually(conductor.is_empty, WITHIN_S)
-    assert conductor.call("mirrored").used_mib == 0
-
-
-def test_an_agent_killed_in_the_middle_of_its_turn_gives_everything_back(conduct: Conduct, endless: Path) -> None:
-    conductor = conduct({"endless": endless})
-    agent = actors.spawn_agent("ada", "endless", conductor=conductor.handle)
-    turn = agent.ask.remote("x", **ENDLESS)
-    eventually(lambda: conductor.is_busy("ada"), within_s=20)
-    os.kill(pid_of(agent), signal.SIGKILL)
-    eventually(conductor.is_empty, WITHIN_S)
-    with pytest.raises(ray.exceptions.RayActorError):
-        ray.get(turn)
-
-
-def test_an_owner_that_is_dead_when_its_registration_is_booked_keeps_nothing(conduct: Conduct, tmp_path: Path) -> None:
-    conductor = conduct({"tiny": write_tiny_gguf(tmp_path / "tiny.gguf"), "slow": write_slow_to_read(tmp_path / "slow.gguf")})
-    agent = actors.spawn_agent("ada", "tiny", conductor=conductor.handle)
-    owner = ray.get(agent.__ray_call__.remote(lambda _: Owner.current()))
-    os.kill(pid_of(agent), signal.SIGKILL)
-    eventually(conductor.is_empty, WITHIN_S)
-    late = conductor.handle.register.remote("late", "slow", window=256, owner=owner)
-    with contextlib.suppress(errors.UnknownAgent):  # found dead while its model was loaded
-        ray.get(late)
-    eventually(conductor.is_empty, WITHIN_S)
-
-
-def write_slow_to_read(path: Path) -> Path:
-    """With a list of a million empty strings before all else in the header: longer to read than a death takes to be told."""
-    content = write_tiny_gguf(path).read_bytes()
-    count, (n_keys,) = 1_000_000, struct.unpack_from("<Q", content, 16)
-    a_string, a_list = 8, 9
-    strings = struct.pack("<Q8sIIQ", 8, b"padding.", a_list, a_string, count) + bytes(8 * count)
-    assert len(strings) % 32 == 0, "the tensors' data must stay aligned"
-    path.write_bytes(content[:16] + struct.pack("<Q", n_keys + 1) + strings + content[24:])
-    return path
-
-
-def pid_of(agent: Any) -> int:
-    pid: int = ray.get(agent.__ray_call__.remote(lambda _: os.getpid()))
-    return pid
-
-
-def test_a_refused_agent_leaves_no_actor(conduct: Conduct, shipped: dict[str, Path]) -> None:
-    conductor = conduct(shipped)
-    before = live_actors("AgentProcess")
-    with pytest.raises(AdmissionRefused) as refused:
-        actors.spawn_agent("ada", "coder", conductor=conductor.handle, window=100_000)
-    assert not isinstance(refused.value, RayTaskError)
-    assert refused.value.refusal.largest_window
-    with pytest.raises(errors.UnknownModel):
-        actors.spawn_agent("ada", "coda", conductor=conductor.handle)
-    eventually(lambda: live_actors("AgentProcess") == before, within_s=10)
-    assert conductor.is_empty()
-
-
-def live_actors(kind: str) -> set[str]:
-    from ray._private.state import actors as all_actors
-
-    return {id for id, row in all_actors().items() if row["ActorClassName"] == kind and row["State"] != "DEAD"}
-
-
-# --- finding, starting, ending ------------------------------------------------------------------------------------------
+# --- finding, starting, ending ----------------------------------------------------------------------------------------
 
 
 def test_whoever_connects_gets_the_same_conductor(conduct: Conduct) -> None:
@@ -419,8 +204,8 @@ def _is_gone(config: Config) -> bool:
     return True
 
 
-def test_a_stopped_conductor_is_gone_with_its_resource(vram_resource: str, tmp_path: Path, shipped: dict[str, Path]) -> None:
-    conductor = Conductor(config_of(vram_resource, tmp_path, shipped))
+def test_a_stopped_conductor_is_gone_with_its_resource(vram_resource: str, tmp_path: Path) -> None:
+    conductor = Conductor(config_of(vram_resource, tmp_path, SHIPPED))
     conductor.call("register", "ada", "coder")
     assert conductor.call("mirrored").state is MirrorState.EQUAL
     actors.stop(conductor.handle)
@@ -428,8 +213,8 @@ def test_a_stopped_conductor_is_gone_with_its_resource(vram_resource: str, tmp_p
     eventually(lambda: vram_resource not in ray.cluster_resources(), within_s=5)
 
 
-def test_a_conductor_that_dies_comes_back_empty(conduct: Conduct, shipped: dict[str, Path]) -> None:
-    conductor = conduct(shipped)
+def test_a_conductor_that_dies_comes_back_empty(conduct: Conduct) -> None:
+    conductor = conduct(SHIPPED)
     total = conductor.call("mirrored").total_mib
     conductor.call("register", "ada", "coder")
     conductor.call("reserve", "cupy", 4 * MIB)

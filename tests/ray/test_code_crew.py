@@ -1,0 +1,100 @@
+"""The code crew in a real cluster on the shipped models: three agents of its own processes, and nobody left behind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from ray.exceptions import RayTaskError
+
+import actors
+from conductor.config import parse_config
+from conductor.errors import AdmissionRefused, UnknownModel
+from conductor.types import DecodeResult
+from pipelines.code_crew import ROLES, CodeCrew, code_in
+
+ROOT = Path(__file__).resolve().parents[2]
+REQUEST = "Write a Python function `is_prime(n)` that checks whether a number is prime."
+
+
+@pytest.fixture
+def conductor(vram_resource: str) -> Iterator[Any]:
+    """At the end nobody may be registered."""
+    document = {
+        "device": {"kind": "host", "host_bytes": "64MiB"},
+        "host_kv_budget": "32MiB",
+        "threads": 1,
+        "models": {role: {"path": str(ROOT / "models" / f"{role}.gguf")} for role in ROLES},
+        "ray": {"namespace": f"ns-{vram_resource}", "name": f"conductor-{vram_resource}", "resource": vram_resource},
+    }
+    handle = actors.connect(parse_config(document, source="test", directory=ROOT))
+    yield handle
+    left = ray.get(handle.status.remote())
+    ray.get(handle.check.remote())
+    actors.stop(handle)
+    assert (left.agents, left.models, left.ledger.allocated_bytes) == ((), (), 0)
+
+
+def names(conductor: Any) -> list[str]:
+    return [agent.id for agent in ray.get(conductor.list.remote())]
+
+
+def test_all_three_answer_and_leave(conductor: Any) -> None:
+    heard: list[tuple[str, DecodeResult]] = []
+    with CodeCrew(conductor, name="trio") as crew:
+        assert names(conductor) == ["trio-coder", "trio-reviewer", "trio-documenter"]
+        result = crew.run(REQUEST, on_turn=lambda role, turn: heard.append((role, turn)))
+    assert names(conductor) == []
+    assert "def is_prime(n)" in result.code
+    assert "```" not in result.code
+    assert "is_prime" in result.documentation
+    assert result.review
+    assert [turn.agent_id for turn in result.turns] == ["trio-coder", "trio-reviewer", "trio-documenter"]
+    assert all(turn.stopped_on_eos for turn in result.turns)
+    assert heard[0] == ("coder", result.turns[0])
+    assert dict(heard[1:]) == {"reviewer": result.turns[1], "documenter": result.turns[2]}
+    assert result.to_json().keys() == {"request", "code", "review", "documentation", "turns"}
+
+
+def test_nobody_stays_when_one_role_cannot_come(conductor: Any) -> None:
+    with pytest.raises(UnknownModel) as unknown, CodeCrew(conductor, models={**ROLES, "documenter": "poet"}):
+        pytest.fail("a crew of two began to work")
+    assert not isinstance(unknown.value, RayTaskError)
+    assert unknown.value.model == "poet"
+    assert names(conductor) == []
+    ray.get(conductor.reserve.remote("somebody else", 52 << 20))
+    with pytest.raises(AdmissionRefused), CodeCrew(conductor):
+        pytest.fail("a crew that does not fit began to work")
+    [held] = ray.get(conductor.ledger.remote()).reservations
+    ray.get(conductor.release.remote(held.id))
+
+
+def test_everybody_leaves_when_the_work_fails(conductor: Any) -> None:
+    def interrupt(role: str, turn: DecodeResult) -> None:
+        raise KeyboardInterrupt(role)
+
+    with pytest.raises(KeyboardInterrupt, match="coder"), CodeCrew(conductor) as crew:
+        crew.run(REQUEST, on_turn=interrupt)
+    assert names(conductor) == []
+
+
+@pytest.mark.parametrize(
+    ("answer", "code"),
+    [
+        ("Here:\n```python\nx = 1\n\ny = 2\n```\nDone.", "x = 1\n\ny = 2"),
+        ("```\nx = 1\n```", "x = 1"),
+        ("```py\nx = 1\n```\nThat was it.", "x = 1"),
+        ("```Python 3\nx = 1\n```\nThat was it.", "x = 1"),
+        ("```python\nx = 1\n```\nor\n```python\nx = 2\n```", "x = 1"),
+        ("```python\ndef f():\n    '''```'''\n```", "def f():\n    '''```'''"),
+        ("```python\nx = 1  # cut off", "x = 1  # cut off"),
+        ("```python\n```", ""),
+        ("  x = 1\n", "x = 1"),
+        ("", ""),
+    ],
+)
+def test_code_is_the_first_fenced_block_or_everything(answer: str, code: str) -> None:
+    assert code_in(answer) == code
