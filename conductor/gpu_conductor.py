@@ -7,11 +7,13 @@ cover how actions are carried out (`executive`) or decided (`core.state`).
 from __future__ import annotations
 
 import asyncio
+import functools
 import secrets
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 from conductor import __version__, requests
@@ -19,7 +21,7 @@ from conductor.backend.catalog import Catalog
 from conductor.backend.engine import Engine
 from conductor.config import Config
 from conductor.core import actions, events
-from conductor.core.estimate import KV_BLOCKS, ModelPlan, context_bytes
+from conductor.core.estimate import KV_BLOCKS, ModelPlan
 from conductor.core.events import AgentSpec
 from conductor.core.ledger import OverCap
 from conductor.core.sessions import Phase, Stage
@@ -100,6 +102,7 @@ class GpuConductor:
         agents = [agent.id for agent in self._state.agents.values() if agent.stage is Stage.ADMITTED]
         await asyncio.gather(*(self.unregister(agent_id) for agent_id in agents), return_exceptions=True)
         self._executive.close()
+        self._engine.close()
         self._io_threads.shutdown(wait=False)
 
     # --- public calls -----------------------------------------------------------------------------------------------
@@ -123,8 +126,10 @@ class GpuConductor:
         plan = await self._plan(requests.text("model", model))
         context = self.config.context_spec(plan.key, asked or self.config.window(plan.key, plan.geometry.trained_window))
         _check_kv_type(plan, context)
-        price = context_bytes(plan.geometry, context, device=plan.device)
-        spec = AgentSpec(id, plan, context, price, rank, owner)
+        estimate = functools.partial(self._engine.estimator.estimate, plan, context, at_most=self.cap_bytes)
+        footprint = await self._loop.run_in_executor(self._io_threads, estimate)
+        plan = replace(plan, weights_bytes=footprint.weights_bytes)
+        spec = AgentSpec(id, plan, context, footprint.context_bytes, rank, owner)
         request = self._executive.request()
         event = events.RegisterRequested(request, spec, may_wait=patience > 0)
         time_is_up = events.RegisterAbandoned(request, timed_out=True)
@@ -262,6 +267,7 @@ class GpuConductor:
             host_memory=self._engine.host_memory(),
             mirror=mirror or unmirrored,
             llama_cpp=self._engine.version,
+            estimates=self._engine.estimator.how,
             threads=self._engine.threads,
             uptime_s=time.monotonic() - self._started_at,
         )

@@ -261,5 +261,6 @@ class Status(Record):
     host_memory: HostMemoryStatus
     mirror: MirrorStatus
     llama_cpp: str
+    estimates: str  #: how bytes are known before a model is loaded
     threads: int  #: of the CPU, for each context
     uptime_s: float

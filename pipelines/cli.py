@@ -301,7 +301,7 @@ def estimate(
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """What a model will take on this machine, for several windows, from its header alone. Needs no conductor.
+    """What a model will take on this machine, for several windows, before it is loaded. Needs no conductor.
 
     Example: conductor estimate coder --window 2048 --window 8192
     """

@@ -200,12 +200,19 @@ class _Demo:
               after.ledger == before and len(after.agents) == len(self._agents))  # fmt: skip
 
     def _window_too_large(self) -> int:
-        """The smallest window (in steps of 256) that does not fit beside those who are here."""
-        try:
-            ray.get(self._conductor.register.remote("fourth", "coder", window=MAX_WINDOW))
-        except AdmissionRefused as refused:
-            return (refused.refusal.largest_window or 0) + 256
-        return MAX_WINDOW
+        """A window just too large to fit beside those who are here: what a refusal says would fit, and a step more."""
+        window = MAX_WINDOW
+        for step in (256, 512, 1024, 2048, 4096):  # the refusal's figure is on the safe side
+            try:
+                ray.get(self._conductor.register.remote("fourth", "coder", window=window))
+            except AdmissionRefused as refused:
+                if refused.code is RefusalCode.CAP:
+                    break
+                window = (refused.refusal.largest_window or 0) + step
+            else:
+                ray.get(self._conductor.unregister.remote("fourth"))
+                window += step
+        return window
 
     def _crew(self, request: str) -> None:
         out.print(Rule("a code crew: coder, then reviewer and documenter"))

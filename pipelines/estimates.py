@@ -1,7 +1,8 @@
-"""What a model will take, from its header alone: `conductor estimate`."""
+"""What a model will take before it is loaded: `conductor estimate`."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,9 +13,9 @@ from rich.text import Text
 from conductor import requests
 from conductor.backend.catalog import Catalog
 from conductor.backend.device import open_device
+from conductor.backend.estimator import Estimator
 from conductor.backend.llama import Llama
 from conductor.config import Config
-from conductor.core.estimate import compute_bytes, kv_bytes
 from conductor.types import DeviceKind, Record
 from conductor.units import MIB, format_bytes
 
@@ -32,7 +33,7 @@ class WindowEstimate(Record):
 
 @dataclass(frozen=True, slots=True)
 class Estimate(Record):
-    """Bytes by the closed formula: weights and KV exact, compute on the safe side."""
+    """What a model takes on a device, and how that is known."""
 
     model: str
     path: str
@@ -42,6 +43,7 @@ class Estimate(Record):
     device_kind: DeviceKind
     cap_bytes: int
     weights_bytes: int
+    estimates: str  #: where the figures come from
     windows: tuple[WindowEstimate, ...]
 
 
@@ -52,16 +54,16 @@ def estimate(config: Config, model: str, windows: Sequence[int]) -> Estimate:
     cap = max(0, device.read().total_bytes * config.admission_percent // 100 - device.others_bytes) // MIB * MIB
     plan = Catalog(config).plan(model, device.kind)
     own = config.window(plan.key, plan.geometry.trained_window)
-    rows = []
-    for window in asked or sorted({own, *(w for w in WINDOWS if w <= max(own, plan.geometry.trained_window))}):
-        spec = config.context_spec(plan.key, window)
-        kv = kv_bytes(plan.geometry, spec) + plan.geometry.recurrent_bytes_per_sequence
-        compute = compute_bytes(plan.geometry, spec, device=device.kind)
-        total = plan.weights_bytes + kv + compute
-        rows.append(WindowEstimate(window, kv, compute, total, total <= cap))
+    rows, weights = [], plan.weights_bytes
+    with contextlib.closing(Estimator(index=config.device.index)) as estimator:
+        for window in asked or sorted({own, *(w for w in WINDOWS if w <= max(own, plan.geometry.trained_window))}):
+            took = estimator.estimate(plan, config.context_spec(plan.key, window), at_most=cap)
+            total = took.weights_bytes + took.context_bytes
+            weights = took.weights_bytes
+            rows.append(WindowEstimate(window, took.kv_bytes, took.compute_bytes, total, total <= cap))
     return Estimate(
         model, plan.path, plan.geometry.architecture, plan.geometry.trained_window, device.name, device.kind,
-        cap, plan.weights_bytes, tuple(rows),
+        cap, weights, estimator.how, tuple(rows),
     )  # fmt: skip
 
 
@@ -70,7 +72,7 @@ def table(estimate: Estimate) -> RenderableType:
         (estimate.model, "bold"),
         f" ({estimate.architecture}, trained with {estimate.trained_window:,} tokens): "
         f"weights {format_bytes(estimate.weights_bytes)}\n"
-        f"on {estimate.device}: {format_bytes(estimate.cap_bytes)} may be booked",
+        f"on {estimate.device}: {format_bytes(estimate.cap_bytes)} may be booked; figures {estimate.estimates}",
     )
     rows = Table(box=None, pad_edge=False, header_style="dim")
     for column in ("window", "KV", "compute", "with weights", "fits alone"):

@@ -47,10 +47,17 @@ class Catalog:
         return ModelKey(str(path)), path
 
     def _find(self, name: str) -> Path:
-        """A path as resolved; a relative one is looked for in the allowed directories, then where the process is."""
+        """A path as resolved; a relative one is looked for in the allowed directories, then where the process is.
+
+        Raises BadModelFile if a relative one is nowhere; of others nobody is told whether they exist outside.
+        """
+        if os.path.isabs(name):
+            return Path(name).resolve()
         places = [*self._config.allowed_directories(), Path.cwd()]
-        found = next((place / name for place in places if (place / name).exists()), Path(name))
-        return found.resolve()
+        for place in places:
+            if (place / name).exists():
+                return (place / name).resolve()
+        raise BadModelFile(name, "cannot be opened: No such file or directory")
 
 
 def _identity(path: Path) -> ModelId:

@@ -13,7 +13,7 @@ import psutil
 
 from conductor.backend.conversation import Conversation, Prompter
 from conductor.backend.device import Device, open_device
-from conductor.backend.gguf_header import GgufHeader, read_header
+from conductor.backend.estimator import Estimator
 from conductor.backend.kv_store import Blob, KvStore
 from conductor.backend.llama import Context, Llama, LlamaError, Model
 from conductor.backend.turn import TurnOrder, TurnOutcome, run_turn
@@ -21,6 +21,9 @@ from conductor.config import Config
 from conductor.core.estimate import ModelPlan
 from conductor.errors import DecodeFailed, ModelLoadFailed
 from conductor.types import AgentId, ContextSpec, DeviceKind, HostMemoryStatus, KvPlace, ModelId
+
+#: to ask a loaded model what its weights take
+_SMALLEST = ContextSpec(window=256, n_batch=1, n_ubatch=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +67,7 @@ class Engine:
         self._conversations: dict[AgentId, Conversation] = {}
         self._blobs: dict[AgentId, Blob] = {}
         self._arena_lock = threading.Lock()
+        self.estimator = Estimator(index=config.device.index)
         self.device: Device = open_device(
             config.device, llama_supports_gpu=self._llama.supports_gpu, used_bytes=self.used_bytes
         )
@@ -91,9 +95,8 @@ class Engine:
 
     # --- models -----------------------------------------------------------------------------------------------------
 
-    def read_header(self, path: str) -> GgufHeader:
-        """Raises BadModelFile."""
-        return read_header(path)
+    def close(self) -> None:
+        self.estimator.close()
 
     def load(self, plan: ModelPlan) -> int:
         """Load the weights; returns what they really take. Raises ModelLoadFailed."""
@@ -102,11 +105,11 @@ class Engine:
         except LlamaError as error:
             raise ModelLoadFailed(plan.path, str(error)) from error
         try:
-            measured = model.weights_bytes()
+            measured = model.footprint(_SMALLEST)
         except LlamaError as error:
             model.close()
             raise ModelLoadFailed(plan.path, f"no context can be made for it: {error}") from error
-        weights = plan.weights_bytes if measured is None else measured
+        weights = plan.weights_bytes if measured is None else measured.weights_bytes
         self._models[plan.id] = _Loaded(model, Prompter(model), weights)
         return weights
 
@@ -122,7 +125,8 @@ class Engine:
             context = loaded.model.context(spec, n_threads=self.threads)
         except LlamaError as error:
             raise DecodeFailed(agent_id, f"its context could not be made: {error}") from error
-        measured = context.device_bytes()
+        footprint = context.footprint()
+        measured = footprint.context_bytes if footprint else None
         self._live[agent_id] = _Live(context, loaded.prompter, measured or 0)
         conversation = self._conversations.setdefault(agent_id, Conversation())
         blob = self._blobs.pop(agent_id, None)

@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from conductor.backend.memory_breakdown import MemoryBreakdown
+from conductor.core.estimate import Footprint
 from conductor.types import ContextSpec, DecodeRequest, DeviceKind
 
 ByteArray = npt.NDArray[np.uint8]
@@ -78,8 +79,11 @@ class Llama:
     def supports_gpu(self) -> bool:
         return bool(ll.llama_supports_gpu_offload())
 
-    def load(self, path: str, kind: DeviceKind, *, index: int = 0) -> Model:
-        """Load a model's weights: all layers on the GPU, or all in RAM. Raises LlamaError."""
+    def load(self, path: str, kind: DeviceKind, *, index: int = 0, dry: bool = False) -> Model:
+        """Load a model's weights: all layers on the GPU, or all in RAM. Raises LlamaError.
+
+        `dry`: lay everything out, allocate neither weights nor contexts; such a model can only tell its `footprint`.
+        """
         self._log.clear()
         params = ll.llama_model_default_params()
         no_devices = (ctypes.c_void_p * 1)(None)
@@ -89,6 +93,8 @@ class Llama:
             # Not memory-mapped: repacked weights would then exist twice, once in no one's books.
             params.n_gpu_layers, params.load_mode = 0, ll.LLAMA_LOAD_MODE_NONE
             params.devices = ctypes.cast(no_devices, ctypes.c_void_p)
+        if dry:
+            params.no_alloc, params.load_mode = True, ll.LLAMA_LOAD_MODE_NONE
         handle = ll.llama_model_load_from_file(os.fsencode(path), params)
         if not handle:
             raise self.complaint("llama_model_load_from_file returned nothing")
@@ -146,12 +152,11 @@ class Model:
         ll.llama_model_free(self._handle)
         self._handle = None
 
-    def weights_bytes(self) -> int | None:
-        """What the weights really take on the device; None if this llama.cpp does not tell."""
-        probe = ContextSpec(window=256, n_batch=1, n_ubatch=1)
-        context = Context(self._llama, self, self._handle, self._kind, probe, n_threads=1)
+    def footprint(self, spec: ContextSpec) -> Footprint | None:
+        """What the weights and a context take on the device; None if this llama.cpp does not tell. Raises LlamaError."""
+        context = self.context(spec, n_threads=1)
         try:
-            return self._llama.breakdown.of(context.handle, self._kind).weights if self._llama.breakdown.available else None
+            return context.footprint()
         finally:
             context.close()
 
@@ -250,10 +255,10 @@ class Context:
         ll.llama_free(self.handle)
         self.handle = None
 
-    def device_bytes(self) -> int | None:
-        """What KV cache and compute buffers take on the device; None if this llama.cpp does not tell."""
+    def footprint(self) -> Footprint | None:
+        """What this context and its model take on the device; None if this llama.cpp does not tell."""
         breakdown = self._llama.breakdown
-        return breakdown.of(self.handle, self._kind).context if breakdown.available else None
+        return breakdown.of(self.handle, self._kind) if breakdown.available else None
 
     # --- decoding ---------------------------------------------------------------------------------------------------
 

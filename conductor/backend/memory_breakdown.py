@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
+from conductor.core.estimate import Footprint
 from conductor.types import DeviceKind
 
 _SYMBOL = "_Z26llama_get_memory_breakdownPK13llama_context"
@@ -46,14 +46,6 @@ class _Map(ctypes.Structure):
     ]
 
 
-@dataclass(frozen=True, slots=True)
-class Breakdown:
-    """Bytes on the device in question."""
-
-    weights: int
-    context: int  #: KV cache and compute buffers
-
-
 class MemoryBreakdown:
     def __init__(self, lib: Any) -> None:
         self._get = getattr(lib, _SYMBOL, None)
@@ -72,14 +64,11 @@ class MemoryBreakdown:
     def available(self) -> bool:
         return self._get is not None
 
-    def of(self, context: Any, kind: DeviceKind) -> Breakdown:
+    def of(self, context: Any, kind: DeviceKind) -> Footprint:
         """Sums over the buffers on the device: everything for `host`, what is not host memory for `cuda`."""
-        weights = total = 0
-        for is_host, model_bytes, context_bytes, compute_bytes in self._buffers(context):
-            if kind is DeviceKind.HOST or not is_host:
-                weights += model_bytes
-                total += context_bytes + compute_bytes
-        return Breakdown(weights, total)
+        buffers = [sizes for is_host, *sizes in self._buffers(context) if kind is DeviceKind.HOST or not is_host]
+        weights, kv, compute = (sum(column) for column in zip(*buffers, strict=True)) if buffers else (0, 0, 0)
+        return Footprint(weights, kv, compute)
 
     def _buffers(self, context: Any) -> Iterator[tuple[bool, int, int, int]]:
         tree = _Map()

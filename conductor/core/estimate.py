@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from conductor.types import ContextSpec, DeviceKind, ModelId, ModelKey
+from conductor.types import ContextSpec, DeviceKind, ModelId, ModelKey, Record
 
 #: On the compute estimate. Measured with llama-cpp-python 0.3.36 on the CPU (dry runs, windows of 512 to 131,072, all KV
 #: types, flash attention on and off): without a margin the estimate is 1.0005 to 1.37 of the real figure in 1,370 contexts
@@ -74,6 +74,19 @@ class ModelPlan:
     device: DeviceKind  #: what the bytes are counted for
     weights_bytes: int
     geometry: Geometry
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint(Record):
+    """What a model and one context of it take on the device."""
+
+    weights_bytes: int
+    kv_bytes: int  #: recurrent state included
+    compute_bytes: int
+
+    @property
+    def context_bytes(self) -> int:
+        return self.kv_bytes + self.compute_bytes
 
 
 def context_bytes(geometry: Geometry, spec: ContextSpec, *, device: DeviceKind = DeviceKind.CUDA) -> int:

@@ -34,7 +34,6 @@ def write_config(directory: Path) -> Path:
     """A small host device with the shipped models, and a directory to name others from."""
     models = directory / "models"
     models.mkdir()
-    (models / "link.gguf").symlink_to(ROOT / "models" / "coder.gguf")
     (models / "link").symlink_to(ROOT / "models" / "coder.gguf")
     (models / "truncated.gguf").write_bytes((ROOT / "models" / "coder.gguf").read_bytes()[:100_000])
     document = {
@@ -71,7 +70,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     processes = family(pid)
     stopped = service.conductor("down")
     assert (stopped.returncode, stopped.stdout) == (0, "stopped\n"), stopped.stderr
-    assert survivors(processes) == []
+    assert survivors([*processes, *service.processes()]) == []
     assert left == []
     assert service.at_home() == []
     assert not (service.runtime / "service.json").exists()
@@ -153,7 +152,7 @@ def test_what_does_not_fit_is_refused_with_the_numbers(service: Service) -> None
     ("model", "message"),
     [
         ("coda", "no model 'coda' in the configuration; there are: coder, reviewer"),
-        ("missing.gguf", "missing.gguf: cannot be opened: No such file"),
+        ("missing.gguf", "missing.gguf"),
         ("truncated.gguf", "truncated.gguf: "),
         ("../models", "models: is a directory"),
         ("/etc/passwd", "'/etc/passwd' is outside the directories that models may be named from"),
@@ -188,11 +187,11 @@ def test_an_id_that_looks_like_markup_is_shown_as_it_is(service: Service) -> Non
 
 
 def test_another_path_to_a_file_is_the_same_model(service: Service) -> None:
-    for agent, name in (("ada", "coder"), ("bob", "link.gguf"), ("cy", "./link")):
-        service.ok("register", agent, name, cwd=service.models)
+    service.ok("register", "ada", "coder")
+    service.ok("register", "bob", "./link", cwd=service.models)  # relative to where the command runs, and a symlink
     [model] = service.json("status")["models"]
-    assert (model["key"], model["agents"], model["path"]) == ("coder", 3, str(ROOT / "models" / "coder.gguf"))
-    for agent in ("ada", "bob", "cy"):
+    assert (model["key"], model["agents"], model["path"]) == ("coder", 2, str(ROOT / "models" / "coder.gguf"))
+    for agent in ("ada", "bob"):
         service.ok("unregister", agent)
 
 
@@ -221,7 +220,7 @@ def test_up_that_is_interrupted_leaves_no_process(tmp_path: Path) -> None:
         up.send_signal(signal.SIGINT)
         _, stderr = up.communicate(timeout=180)
     assert (up.returncode, "Traceback" in stderr) == (130, False), stderr
-    assert survivors(processes) == []
+    assert survivors([*processes, *shell.processes()]) == []
     assert not (shell.runtime / "service.json").exists()
 
 
@@ -231,7 +230,7 @@ def test_down_works_when_the_configuration_is_gone(tmp_path: Path) -> None:
     shell.config.unlink()
     processes = family(shell.service_pid())
     assert shell.ok("down") == "stopped\n"
-    assert survivors(processes) == []
+    assert survivors([*processes, *shell.processes()]) == []
 
 
 # --- without a service --------------------------------------------------------------------------------------------------

@@ -3,48 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
-import ray
 from ray.exceptions import RayTaskError
 
-import actors
-from conductor.config import parse_config
 from conductor.errors import AdmissionRefused, UnknownModel
 from conductor.types import DecodeResult
 from pipelines.code_crew import ROLES, CodeCrew, code_in
+from tests.conftest import ROOT
+from tests.support.conducting import Conduct, Conductor
 
-ROOT = Path(__file__).resolve().parents[2]
 REQUEST = "Write a Python function `is_prime(n)` that checks whether a number is prime."
 
 
 @pytest.fixture
-def conductor(vram_resource: str) -> Iterator[Any]:
-    """At the end nobody may be registered."""
-    document = {
-        "device": {"kind": "host", "host_bytes": "64MiB"},
-        "host_kv_budget": "32MiB",
-        "threads": 1,
-        "models": {role: {"path": str(ROOT / "models" / f"{role}.gguf")} for role in ROLES},
-        "ray": {"namespace": f"ns-{vram_resource}", "name": f"conductor-{vram_resource}", "resource": vram_resource},
-    }
-    handle = actors.connect(parse_config(document, source="test", directory=ROOT))
-    yield handle
-    left = ray.get(handle.status.remote())
-    ray.get(handle.check.remote())
-    actors.stop(handle)
-    assert (left.agents, left.models, left.ledger.allocated_bytes) == ((), (), 0)
+def conductor(conduct: Conduct) -> Iterator[Conductor]:
+    """With the shipped models; at the end nobody may be left."""
+    conductor = conduct({role: ROOT / "models" / f"{role}.gguf" for role in ROLES})
+    yield conductor
+    assert conductor.is_empty()
 
 
-def names(conductor: Any) -> list[str]:
-    return [agent.id for agent in ray.get(conductor.list.remote())]
+def names(conductor: Conductor) -> list[str]:
+    return [agent.id for agent in conductor.call("list")]
 
 
-def test_all_three_answer_and_leave(conductor: Any) -> None:
+def test_all_three_answer_and_leave(conductor: Conductor) -> None:
     heard: list[tuple[str, DecodeResult]] = []
-    with CodeCrew(conductor, name="trio") as crew:
+    with CodeCrew(conductor.handle, name="trio") as crew:
         assert names(conductor) == ["trio-coder", "trio-reviewer", "trio-documenter"]
         result = crew.run(REQUEST, on_turn=lambda role, turn: heard.append((role, turn)))
     assert names(conductor) == []
@@ -59,24 +45,23 @@ def test_all_three_answer_and_leave(conductor: Any) -> None:
     assert result.to_json().keys() == {"request", "code", "review", "documentation", "turns"}
 
 
-def test_nobody_stays_when_one_role_cannot_come(conductor: Any) -> None:
-    with pytest.raises(UnknownModel) as unknown, CodeCrew(conductor, models={**ROLES, "documenter": "poet"}):
+def test_nobody_stays_when_one_role_cannot_come(conductor: Conductor) -> None:
+    with pytest.raises(UnknownModel) as unknown, CodeCrew(conductor.handle, models={**ROLES, "documenter": "poet"}):
         pytest.fail("a crew of two began to work")
     assert not isinstance(unknown.value, RayTaskError)
     assert unknown.value.model == "poet"
     assert names(conductor) == []
-    ray.get(conductor.reserve.remote("somebody else", 52 << 20))
-    with pytest.raises(AdmissionRefused), CodeCrew(conductor):
+    held = conductor.call("reserve", "somebody else", 52 << 20)
+    with pytest.raises(AdmissionRefused), CodeCrew(conductor.handle):
         pytest.fail("a crew that does not fit began to work")
-    [held] = ray.get(conductor.ledger.remote()).reservations
-    ray.get(conductor.release.remote(held.id))
+    assert conductor.call("release", held) == 52 << 20
 
 
-def test_everybody_leaves_when_the_work_fails(conductor: Any) -> None:
+def test_everybody_leaves_when_the_work_fails(conductor: Conductor) -> None:
     def interrupt(role: str, turn: DecodeResult) -> None:
         raise KeyboardInterrupt(role)
 
-    with pytest.raises(KeyboardInterrupt, match="coder"), CodeCrew(conductor) as crew:
+    with pytest.raises(KeyboardInterrupt, match="coder"), CodeCrew(conductor.handle) as crew:
         crew.run(REQUEST, on_turn=interrupt)
     assert names(conductor) == []
 

@@ -58,9 +58,21 @@ class Shell:
     def service_pid(self) -> int:
         return int(json.loads((self.runtime / "service.json").read_text())["pid"])
 
+    def processes(self) -> list[psutil.Process]:
+        """Who was started in this environment, whoever is their parent now (but for those that wrote a title over it)."""
+        mine = ("CONDUCTOR_RUNTIME_DIR", str(self.runtime))
+        return [process for process in psutil.process_iter() if mine in _environment(process).items()]
+
     def at_home(self) -> list[Path]:
         """What was written to the home directory."""
         return sorted(self.home.rglob("*"))
+
+
+def _environment(process: psutil.Process) -> dict[str, str]:
+    try:
+        return process.environ()
+    except psutil.Error:
+        return {}
 
 
 def family(pid: int) -> list[psutil.Process]:

@@ -1,0 +1,156 @@
+"""What a model and a context will take, measured by a dry run of llama.cpp itself before anything is loaded.
+
+llama.cpp lays out its buffers without allocating them. It does so in a child process: a file that passes the header's
+checks may still abort llama.cpp, and then only the child dies. The child answers many questions, since starting it
+costs most of the time, and goes when nobody asked for a while. Run as a module, this file is the child.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from dataclasses import dataclass
+from typing import IO, Any
+
+from conductor.backend.llama import Llama, LlamaError, Model
+from conductor.core.estimate import Footprint, ModelPlan
+from conductor.errors import BadModelFile, ModelLoadFailed
+from conductor.types import ContextSpec, DeviceKind, ModelId
+
+#: how long a question may take: an 8B model's vocabulary costs some 0.2 s
+_ANSWER_WITHIN_S = 60.0
+_IDLE_S = 10.0
+
+
+@dataclass(slots=True)
+class _Child:
+    process: subprocess.Popen[str]
+    complaints: IO[bytes]
+
+
+class DryRun:
+    """Asks the child; answers are kept by file identity and parameters. Blocking, and safe to call from many threads."""
+
+    def __init__(self, *, index: int = 0) -> None:
+        self._index = index
+        self._child: _Child | None = None
+        self._answers: dict[tuple[ModelId, DeviceKind, ContextSpec], Footprint] = {}
+        self._one_question = threading.Lock()
+        #: of the last child: exit code and what it said
+        self._death: tuple[int, str] = (0, "")
+
+    def measure(self, plan: ModelPlan, spec: ContextSpec) -> Footprint:
+        """Raises BadModelFile if llama.cpp cannot survive the file, ModelLoadFailed if it refuses file or parameters."""
+        key = (plan.id, plan.device, spec)
+        with self._one_question:
+            if key not in self._answers:
+                self._answers[key] = self._ask(plan, spec)
+            return self._answers[key]
+
+    @property
+    def child_pid(self) -> int | None:
+        """The child's, while there is one."""
+        return self._child.process.pid if self._child else None
+
+    def close(self) -> None:
+        with self._one_question:
+            self._end()
+
+    def _ask(self, plan: ModelPlan, spec: ContextSpec) -> Footprint:
+        question = {"path": plan.path, "kind": plan.device.value, "index": self._index, "spec": spec.to_json()}
+        answer = self._exchange(json.dumps(question)) or self._exchange(json.dumps(question))  # it may just have gone idle
+        if answer is None:
+            raise BadModelFile(plan.path, f"llama.cpp does not survive it: {self._last_words()}")
+        if "refused" in answer:
+            raise ModelLoadFailed(plan.path, str(answer["refused"]))
+        return Footprint(int(answer["weights_bytes"]), int(answer["kv_bytes"]), int(answer["compute_bytes"]))
+
+    def _exchange(self, question: str) -> dict[str, Any] | None:
+        """The child's answer; None if it died, or had to be killed, over it."""
+        child = self._started()
+        assert child.process.stdin is not None
+        assert child.process.stdout is not None
+        try:
+            child.process.stdin.write(question + "\n")
+            child.process.stdin.flush()
+            ready, _, _ = select.select([child.process.stdout], [], [], _ANSWER_WITHIN_S)
+            line = child.process.stdout.readline() if ready else ""
+        except OSError:
+            line = ""
+        if line:
+            answer: dict[str, Any] = json.loads(line)
+            return answer
+        self._end()
+        return None
+
+    def _started(self) -> _Child:
+        if self._child is not None and self._child.process.poll() is None:
+            return self._child
+        self._end()
+        complaints = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the child
+        process = subprocess.Popen(
+            [sys.executable, "-m", "conductor.backend.dry_run"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=complaints,
+            text=True,
+            env=os.environ | {"GGML_NO_BACKTRACE": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        )
+        self._child = _Child(process, complaints)
+        return self._child
+
+    def _end(self) -> None:
+        if self._child is None:
+            return
+        child, self._child = self._child, None
+        child.process.kill()
+        child.process.communicate()
+        self._death = (child.process.returncode, _tail(child.complaints))
+        child.complaints.close()
+
+    def _last_words(self) -> str:
+        code, said = self._death
+        how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        return f"{how}; {said}" if said else how
+
+
+def _tail(file: IO[bytes]) -> str:
+    file.seek(0)
+    lines = file.read().decode("utf-8", "replace").strip().splitlines()
+    return lines[-1][:300] if lines else ""
+
+
+def _answer(llama: Llama, question: dict[str, Any], open_models: dict[tuple[str, str, int], Model]) -> dict[str, Any]:
+    """Measure in this process. The last model stays open: another context of it costs a few milliseconds."""
+    kind, spec = DeviceKind(question["kind"]), ContextSpec(**question["spec"])
+    key = (question["path"], kind.value, question["index"])
+    try:
+        if key not in open_models:
+            while open_models:
+                open_models.popitem()[1].close()
+            open_models[key] = llama.load(question["path"], kind, index=question["index"], dry=True)
+        took = open_models[key].footprint(spec)
+    except LlamaError as error:
+        return {"refused": str(error)}
+    return took.to_json() if took else {"refused": "this llama.cpp does not tell what it would take"}
+
+
+def main() -> None:
+    """The child: a question a line, an answer a line, until nobody asks any more."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    llama, open_models = Llama.instance(), dict[tuple[str, str, int], Model]()
+    with contextlib.suppress(BrokenPipeError, KeyboardInterrupt):
+        while select.select([sys.stdin], [], [], _IDLE_S)[0] and (line := sys.stdin.readline()):
+            print(json.dumps(_answer(llama, json.loads(line), open_models)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
