@@ -15,8 +15,8 @@ from ray.exceptions import RayTaskError, WorkerCrashedError
 import actors
 from conductor import errors
 from conductor.backend.catalog import Catalog
+from conductor.backend.dry_run import DryRun
 from conductor.config import Config
-from conductor.core.estimate import context_bytes
 from conductor.errors import AdmissionRefused, RefusalCode
 from conductor.types import Admission, Chunk, DecodeResult, DeviceKind, FinishReason, Kind, KvPlace, MirrorState
 from conductor.units import MIB
@@ -75,7 +75,8 @@ def test_fifty_who_come_at_once_for_room_that_holds_twenty(conduct: Conduct, tmp
         file.write_bytes(files[0].read_bytes())
     probe = config_of("probe", tmp_path, {})
     plan = Catalog(probe).plan(str(files[0]), DeviceKind.HOST)
-    context = context_bytes(plan.geometry, probe.context_spec(None, 256), device=DeviceKind.HOST)
+    with contextlib.closing(DryRun()) as dry_run:
+        context = dry_run.measure(plan, probe.context_spec(None, 256)).context_bytes
     room = -(-(20 * plan.weights_bytes + context) // MIB) * MIB
     assert room < 21 * plan.weights_bytes + context
     conductor = conduct(device={"kind": "host", "host_bytes": room}, admission_percent=100)

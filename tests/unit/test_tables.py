@@ -59,6 +59,7 @@ STATUS = Status(
     host_memory=HostMemoryStatus(64 * MIB, 0, True),
     mirror=MIRROR,
     llama_cpp="1",
+    estimates="exact",
     threads=2,
     uptime_s=1.0,
 )
