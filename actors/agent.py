@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
 import ray
@@ -12,6 +13,7 @@ from ray.exceptions import RayTaskError
 from actors.conductor_actor import STREAM_BACKPRESSURE
 from actors.connection import connect, own
 from actors.deaths import Owner
+from conductor.errors import UnknownAgent
 from conductor.types import Admission, Chunk, DecodeResult
 
 
@@ -52,9 +54,22 @@ class AgentProcess:
         async with self._one_turn:
             await self.admission()
             messages = self._with(text, fresh)
-            result: DecodeResult = await _result(self._conductor.decode.remote(self._id, messages=messages, **options))
+            try:
+                result = await self._decode(messages, options)
+            except UnknownAgent:
+                await self._register_again()
+                result = await self._decode(messages, options)
             self._messages = [*messages, {"role": "assistant", "content": result.text}]
             return result
+
+    async def _decode(self, messages: list[dict[str, str]], options: dict[str, Any]) -> DecodeResult:
+        result: DecodeResult = await _result(self._conductor.decode.remote(self._id, messages=messages, **options))
+        return result
+
+    async def _register_again(self) -> None:
+        """The conductor was restarted, and knows nobody. All messages are sent with each turn, so the conversation goes on."""
+        self._admission = None
+        await self.admission()
 
     @ray.method(_generator_backpressure_num_objects=STREAM_BACKPRESSURE)
     async def stream(self, text: str, *, fresh: bool = False, **options: Any) -> AsyncIterator[Chunk | DecodeResult]:
@@ -62,15 +77,27 @@ class AgentProcess:
         async with self._one_turn:
             await self.admission()
             messages = self._with(text, fresh)
-            turn = self._conductor.stream.remote(self._id, messages=messages, **options)
-            try:
-                async for reference in turn:
-                    item = await _result(reference)
-                    if isinstance(item, DecodeResult):
-                        self._messages = [*messages, {"role": "assistant", "content": item.text}]
-                    yield item
-            finally:
-                ray.cancel(turn)
+            for may_register_again in (True, False):
+                try:
+                    async with contextlib.aclosing(self._streamed(messages, options)) as turn:
+                        async for item in turn:
+                            yield item
+                    return
+                except UnknownAgent:  # told before the first chunk
+                    if not may_register_again:
+                        raise
+                    await self._register_again()
+
+    async def _streamed(self, messages: list[dict[str, str]], options: dict[str, Any]) -> AsyncGenerator[Chunk | DecodeResult]:
+        turn = self._conductor.stream.remote(self._id, messages=messages, **options)
+        try:
+            async for reference in turn:
+                item = await _result(reference)
+                if isinstance(item, DecodeResult):
+                    self._messages = [*messages, {"role": "assistant", "content": item.text}]
+                yield item
+        finally:
+            ray.cancel(turn)
 
     async def messages(self) -> list[dict[str, str]]:
         """The conversation so far."""
@@ -80,7 +107,8 @@ class AgentProcess:
         """Unregister. The actor itself ends when its handle goes."""
         async with self._one_turn:
             if self._admission is not None:
-                await _result(self._conductor.unregister.remote(self._id))
+                with contextlib.suppress(UnknownAgent):  # the conductor was restarted: nothing of ours is left to give back
+                    await _result(self._conductor.unregister.remote(self._id))
                 self._admission = None
 
     def _with(self, text: str, fresh: bool) -> list[dict[str, str]]:

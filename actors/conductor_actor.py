@@ -25,7 +25,6 @@ from conductor.types import (
     AgentStatus,
     Chunk,
     DecodeResult,
-    LedgerStatus,
     MirrorState,
     MirrorStatus,
     OwnerId,
@@ -152,11 +151,6 @@ class GpuConductorActor:
         """The agents, in the order of their admission."""
         await self._ready()
         return await self._conductor.list()
-
-    async def ledger(self) -> LedgerStatus:
-        """Cap, booked bytes and every reservation."""
-        await self._ready()
-        return (await self._conductor.status()).ledger
 
     async def mirrored(self, timeout_s: float = 2.0) -> MirrorStatus:
         """Wait until Ray's accounting equals the ledger, at most `timeout_s`; returns how they compare."""

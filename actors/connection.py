@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from typing import Any
 
 import ray
@@ -14,6 +15,8 @@ from actors._ray_private import authenticate
 from actors.conductor_actor import GpuConductor
 from conductor.config import Config, load_config
 from conductor.errors import ConductorError, ServiceFailed
+
+_GPU_WITHIN_S = 3.0
 
 
 def connect(config: Config | str | os.PathLike[str] | None = None, *, address: str | None = None) -> Any:
@@ -35,15 +38,21 @@ def join_ray(address: str | None = None) -> None:
     """Connect this process to Ray, quietly, unless it is connected. Raises ServiceFailed."""
     if ray.is_initialized():
         return
-    running = None if address or "RAY_ADDRESS" in os.environ else service.running()
+    running = None if address or service.users_address() else service.running()
     if running is not None:
         address = running.address
         authenticate(running.environment)
+    init_ray(address)
+
+
+def init_ray(address: str | None, **options: Any) -> None:
+    """`ray.init`, quietly. Raises ServiceFailed."""
     try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, AuthenticationError) as error:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
+    except (ConnectionError, RuntimeError, ValueError, AuthenticationError) as error:
         where = address or os.environ.get("RAY_ADDRESS") or "this machine"
-        raise ServiceFailed(f"no Ray can be reached at {where}: {str(error).splitlines()[0]}") from error
+        why = str(error).partition("\n")[0] or type(error).__name__
+        raise ServiceFailed(f"no Ray can be reached at {where}: {why}") from error
 
 
 def find(config: Config) -> Any | None:
@@ -55,24 +64,60 @@ def find(config: Config) -> Any | None:
 
 
 def _start(config: Config) -> Any:
-    handle = GpuConductor.options(
-        name=config.ray.name,
-        namespace=config.ray.namespace,
-        lifetime="detached",
-        get_if_exists=True,  # somebody else may be starting it at this moment
-        num_gpus=_gpus(config),
-    ).remote(config)
+    handle, created = _create(config)
     try:
         ray.get(handle.ready.remote())
-    except ConductorError as error:
-        ray.kill(handle)
-        raise own(error) from None
+    except BaseException as error:
+        if created:
+            ray.kill(handle)
+        if not isinstance(error, Exception):
+            raise
+        error = own(error)
+        if isinstance(error, ConductorError):
+            raise error from None
+        raise ServiceFailed(f"the conductor could not start: {type(error).__name__}: {error}") from error
     return handle
 
 
+def _create(config: Config) -> tuple[Any, bool]:
+    """(handle, whether it is ours): somebody else may be starting it at this moment."""
+    gpus = _gpus(config)
+    if gpus and not _a_gpu_is_free():
+        handle = find(config)
+        if handle is None:
+            raise ServiceFailed(
+                "all GPUs of this Ray cluster are taken, and the conductor needs one: end the work that holds it "
+                "(`ray status` shows the figures), or set device.kind to host"
+            )
+        return handle, False
+    options = {"name": config.ray.name, "namespace": config.ray.namespace, "lifetime": "detached", "num_gpus": gpus}
+    try:
+        return GpuConductor.options(**options).remote(config), True
+    except ValueError:  # the name is taken
+        handle = find(config)
+        if handle is None:
+            raise
+        return handle, False
+
+
 def _gpus(config: Config) -> int:
-    """One GPU where the cluster has any and the configuration may use it; asking for one elsewhere would wait forever."""
-    return int(config.device.kind != "host" and ray.cluster_resources().get("GPU", 0) >= 1)  # type: ignore[no-untyped-call]
+    """One GPU where the cluster has any and the configuration may use it; asking for one elsewhere would wait forever.
+
+    None if the configuration names another than the first: the choice is ours then, and Ray, which gives away a GPU of its
+    own choice and hides the others (CUDA_VISIBLE_DEVICES), would hide the one named.
+    """
+    may_use_one = config.device.kind != "host" and config.device.index == 0
+    return int(may_use_one and ray.cluster_resources().get("GPU", 0) >= 1)  # type: ignore[no-untyped-call]
+
+
+def _a_gpu_is_free() -> bool:
+    """Looks for some seconds: a GPU that has just been given back is not seen at once."""
+    deadline = time.monotonic() + _GPU_WITHIN_S
+    while ray.available_resources().get("GPU", 0) < 1:  # type: ignore[no-untyped-call]
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
 
 
 def stop(handle: Any, *, timeout_s: float = 30) -> None:

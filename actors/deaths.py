@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,11 +16,13 @@ from dataclasses import dataclass
 import ray
 
 from actors import _ray_private
+from conductor.errors import InvalidRequest
 from conductor.types import OwnerId
 
 _log = logging.getLogger(__name__)
 
 _RESUBSCRIBE_S = 1.0
+_WORKER_ID = re.compile(r"[0-9a-f]{56}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,15 +54,13 @@ class DeathWatch:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="death-watch")
 
     def watch(self, owner: Owner) -> None:
-        """Idempotent while watched."""
+        """Idempotent while watched. Raises InvalidRequest: an id that is none would end every sweep, for all owners."""
         if owner.worker_id in self._owners:
             return
+        if not _WORKER_ID.fullmatch(owner.worker_id):
+            raise InvalidRequest("owner", f"{owner.worker_id!r} is no worker's id; use Owner.current()")
         self._owners[owner.worker_id] = self._newcomers[owner.worker_id] = owner
         self._newcomer_came.set()
-
-    def forget(self, owner_id: OwnerId) -> None:
-        """No report will come for it. Unknown owners are fine: it may have been reported just now."""
-        self._owners.pop(owner_id, None)
 
     async def run(self) -> None:
         """Until cancelled."""

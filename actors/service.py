@@ -12,19 +12,23 @@ import os
 import secrets
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import psutil
 
+from actors._ray_private import authenticate
 from conductor.errors import ServiceFailed
 
 #: the environment variable that moves the file, for instance for a second service
 ENVIRONMENT = "CONDUCTOR_RUNTIME_DIR"
+#: what `conductor env` exports beside RAY_ADDRESS, with the same value: by it our address is told from the user's own
+OUR_ADDRESS = "CONDUCTOR_RAY_ADDRESS"
 _START_WITHIN_S = 60.0
 _STOP_WITHIN_S = 20.0
 #: On SIGTERM Ray otherwise waits 30 s for actors to leave a node that is going away; ours has no other to go to.
@@ -36,7 +40,7 @@ class Service:
     address: str  #: as `ray.init` takes it
     pid: int
     started_at: float  #: the process's start, so that a later process of the same pid is not taken for it
-    config: str | None  #: the configuration file it was started with
+    config: str | None  #: the configuration file it was started with, resolved; None: the built-in one
     environment: dict[str, str]  #: what its clients need to be let in
 
 
@@ -50,24 +54,58 @@ def runtime_directory() -> Path:
 
 
 def running() -> Service | None:
-    """The service that `up` started, if it still lives."""
+    """The service that `up` started, if it still lives. Raises ServiceFailed if its file could be somebody else's."""
+    _refuse_foreign(runtime_directory())
     try:
         service = Service(**json.loads(_file().read_text("utf-8")))
-    except (OSError, ValueError, TypeError):
+        environment = {name: value for name, value in service.environment.items() if name.startswith("RAY_AUTH_")}
+    except (OSError, ValueError, TypeError, AttributeError):
         return None
-    return service if _process(service) is not None else None
+    return replace(service, environment=environment) if _process(service) is not None else None
+
+
+def users_address() -> str | None:
+    """$RAY_ADDRESS if it is the user's own: neither what `conductor env` exported nor where the running service is.
+
+    A shell keeps what `conductor env` exported, longer than the service lives. So what is stale of it is forgotten here,
+    in this process's environment: an address where our service is no more, and our token (`running` knows today's).
+    """
+    service = running()
+    address, stale = os.environ.get("RAY_ADDRESS") or None, []
+    if address == os.environ.get(OUR_ADDRESS) and (service is None or service.address != address):
+        stale += ["RAY_ADDRESS", OUR_ADDRESS]
+    if Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "/")).parent == runtime_directory():
+        stale += ["RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"]
+    for name in stale:
+        os.environ.pop(name, None)
+    if stale:
+        authenticate({})  # Ray read them when it was imported
+    if "RAY_ADDRESS" in stale or (service is not None and service.address == address):
+        return None
+    return address
 
 
 def start(config: str | None) -> Service:
-    """Start a Ray that stays, or return the one that somebody else has just started. Raises ServiceFailed with its log's end."""
+    """Start a Ray that stays, or return the one that runs. `config`: None, or a resolved path.
+
+    Raises ServiceFailed: with the end of Ray's log, or because a service runs with another configuration.
+    """
     directory = runtime_directory()
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _refuse_foreign(directory)
     with (directory / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        return running() or _start(directory, config)
+        service = running()
+        if service is None:
+            return _start(directory, config)
+    if config not in (None, service.config):
+        with_what = service.config or "the built-in configuration"
+        raise ServiceFailed(f"a conductor is already running with {with_what}; run `conductor down` first")
+    return service
 
 
 def _start(directory: Path, config: str | None) -> Service:
+    users_address()  # for what it forgets
     environment = _authentication(directory)
     port = _free_port()
     command = [
@@ -124,6 +162,16 @@ def _authentication(directory: Path) -> dict[str, str]:
     token.touch(mode=0o600)
     token.write_text(secrets.token_hex(32), "utf-8")
     return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+
+
+def _refuse_foreign(directory: Path) -> None:
+    """In a directory for everybody, /tmp, somebody else may have made ours, and would say where our Ray is."""
+    try:
+        found = directory.lstat()
+    except FileNotFoundError:
+        return
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise ServiceFailed(f"{directory} must be a directory of yours that nobody else can enter: remove it, or chmod 700")
 
 
 def _file() -> Path:

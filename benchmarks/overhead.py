@@ -15,6 +15,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,8 +32,9 @@ from conductor.backend.llama import KV_TYPES, Llama
 from conductor.config import Config, load_config
 from conductor.core.books import Books
 from conductor.core.estimate import ModelPlan, context_bytes
-from conductor.core.events import AgentSpec
+from conductor.core.events import AgentSpec, RequestId
 from conductor.core.ledger import Ledger
+from conductor.core.sessions import Agent
 from conductor.types import AgentId, ContextSpec, DeviceKind, Status
 
 PROMPT = "import os\nimport sys\n\n\ndef main(arguments):\n"
@@ -120,12 +122,17 @@ def decode_sides(conductor: Any, bare: BareLoop, max_tokens: int) -> dict[str, C
 
 
 def ledger_sides(plan: ModelPlan, spec: ContextSpec, reservations: int) -> dict[str, Callable[[], dict[str, float]]]:
-    """Decisions on a ledger of that many reservations, in microseconds each."""
-    ledger = Ledger(1 << 40)
-    books = Books(ledger, {}, live_contexts=1)
+    """Decisions on a ledger of that many reservations, in microseconds each: without agents, and with as many of them."""
+    price = context_bytes(plan.geometry, spec, device=plan.device)
+    newcomer = AgentSpec(AgentId("newcomer"), plan, spec, price)
+    agents = {
+        id: Agent(replace(newcomer, id=id), RequestId(i), 0, price, loads_model=False)
+        for i, id in enumerate(AgentId(f"agent-{i}") for i in range(reservations))
+    }
+    books, crowded = (Books(Ledger(1 << 40), who, live_contexts=1) for who in ({}, agents))
     for i in range(reservations):
         books.reserve(f"holder-{i}", 1 << 20, None)
-    newcomer = AgentSpec(AgentId("newcomer"), plan, spec, context_bytes(plan.geometry, spec, device=plan.device))
+        crowded.reserve(f"holder-{i}", 1 << 20, None)
     count = 200
 
     def admission() -> dict[str, float]:
@@ -140,7 +147,17 @@ def ledger_sides(plan: ModelPlan, spec: ContextSpec, reservations: int) -> dict[
             books.release(books.reserve("newcomer", 1 << 20, None))
         return {"us": (time.perf_counter() - began) / count * 1e6}
 
-    return {"admission decision": admission, "reserve and release": booking}
+    def admission_among_agents() -> dict[str, float]:
+        began = time.perf_counter()
+        for _ in range(count // 10):
+            crowded.decide(newcomer, weights_are_booked=True)
+        return {"us": (time.perf_counter() - began) / (count // 10) * 1e6}
+
+    return {
+        "admission decision": admission,
+        "reserve and release": booking,
+        f"admission decision among {reservations} agents": admission_among_agents,
+    }
 
 
 def main(

@@ -89,7 +89,8 @@ class Refusal(Record):
     cap_bytes: int
     booked_bytes: int
     holders: tuple[Reservation, ...]
-    largest_window: int | None  #: the longest window of the same model that would fit now; None if not even the smallest
+    largest_window: int | None  #: a window of the same model that would fit now, close to the longest; None if none would
+    waiting_ahead: int = 0  #: registrations that wait for room and must not be overtaken
 
     @property
     def free_bytes(self) -> int:
@@ -131,6 +132,8 @@ class AdmissionRefused(ConductorError):
 def _advice(refusal: Refusal) -> str:
     if refusal.code is RefusalCode.QUEUE_FULL:
         return "Too many registrations wait already; try again later."
+    if refusal.waiting_ahead:
+        return f"{refusal.waiting_ahead} registrations wait for room before it; wait behind them with wait_s=SECONDS."
     smaller = f"A window of {refusal.largest_window} tokens would fit now" if refusal.largest_window else ""
     if refusal.code is RefusalCode.NEVER:
         return f"This device cannot hold it even when empty. {smaller + '.' if smaller else 'Choose a smaller model.'}"

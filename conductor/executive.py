@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from typing_extensions import assert_never
 
-from conductor.backend.engine import Engine
+from conductor.backend.engine import Closed, Engine
 from conductor.backend.turn import TurnOrder, TurnOutcome
 from conductor.config import Config
 from conductor.core import actions, events
@@ -27,7 +27,7 @@ from conductor.core.estimate import ModelPlan
 from conductor.core.events import RequestId, TurnId
 from conductor.core.state import State
 from conductor.errors import ConductorError, InternalError
-from conductor.types import AgentId, Chunk, DecodeRequest, DecodeResult, FinishReason, ModelId
+from conductor.types import AgentId, Chunk, DecodeRequest, DecodeResult, FinishReason, KvPlace, ModelId
 
 log = logging.getLogger("conductor")
 T = TypeVar("T")
@@ -175,7 +175,10 @@ class Executive:
         self.dispatch(event)
 
     async def _unload(self, model_id: ModelId) -> None:
-        await self._in(self._io_threads, self._engine.unload, model_id)
+        try:
+            await self._in(self._io_threads, self._engine.unload, model_id)
+        except Exception as error:  # whoever waits for the bytes must not wait for ever
+            log.error("unloading a model", exc_info=error)
         self.dispatch(events.ModelUnloaded(model_id))
 
     async def _open(self, opening: actions.OpenContext) -> None:
@@ -183,15 +186,19 @@ class Executive:
         event: events.Event
         try:
             opened = await self._in(self._turn_threads, self._engine.open_context, agent_id, opening.model_id, opening.context)
-            estimated = self._state.books.price(self._state.agents[agent_id].spec)
+            estimated = self._state.agents[agent_id].context_bytes
             taken = estimated if opened.context_bytes is None else opened.context_bytes
-            event = events.ContextOpened(agent_id, taken, opened.restored_bytes, opened.kv_lost)
+            event = events.ContextOpened(agent_id, taken, opened.restored_bytes)
         except Exception as error:
             event = events.ContextOpenFailed(agent_id, _own(error), self._state.agents[agent_id].place)
         self.dispatch(event)
 
     async def _close(self, agent_id: AgentId, save: bool) -> None:
-        closed = await self._in(self._turn_threads, lambda: self._engine.close_context(agent_id, save=save))
+        closed = Closed(KvPlace.TOKENS, 0)
+        try:
+            closed = await self._in(self._turn_threads, lambda: self._engine.close_context(agent_id, save=save))
+        except Exception as error:  # the context is freed all the same, and the tokens are kept
+            log.error("closing the context of %s", agent_id, exc_info=error)
         self.dispatch(events.ContextClosed(agent_id, closed.place, closed.saved_bytes))
 
     async def _run(self, run: actions.RunTurn) -> None:

@@ -68,6 +68,7 @@ class GpuConductor:
         sys.setswitchinterval(1e-4)
         self._loop = asyncio.get_running_loop()
         self._io_threads = ThreadPoolExecutor(4, thread_name_prefix="load")
+        self._estimate_thread = ThreadPoolExecutor(1, thread_name_prefix="estimate")
         self._engine = await self._loop.run_in_executor(self._io_threads, Engine, self.config)
         self._catalog = Catalog(self.config)
         self._state = State(
@@ -104,6 +105,7 @@ class GpuConductor:
         self._executive.close()
         self._engine.close()
         self._io_threads.shutdown(wait=False)
+        self._estimate_thread.shutdown(wait=False)
 
     # --- public calls -----------------------------------------------------------------------------------------------
 
@@ -127,7 +129,7 @@ class GpuConductor:
         context = self.config.context_spec(plan.key, asked or self.config.window(plan.key, plan.geometry.trained_window))
         _check_kv_type(plan, context)
         estimate = functools.partial(self._engine.estimator.estimate, plan, context, at_most=self.cap_bytes)
-        footprint = await self._loop.run_in_executor(self._io_threads, estimate)
+        footprint = await self._loop.run_in_executor(self._estimate_thread, estimate)
         plan = replace(plan, weights_bytes=footprint.weights_bytes)
         spec = AgentSpec(id, plan, context, footprint.context_bytes, rank, owner)
         request = self._executive.request()
@@ -152,7 +154,7 @@ class GpuConductor:
             charged_bytes=admitted.charged_bytes,
             model_loaded=admitted.model_loaded,
             waited_s=time.monotonic() - arrived_at,
-            warnings=_warnings(plan, context.window),
+            warnings=_warnings(plan, context.window, footprint.kv_bytes, self.config.host_kv_budget),
         )
 
     async def _plan(self, model: str) -> ModelPlan:
@@ -283,7 +285,7 @@ class GpuConductor:
                 tokens=agent.tokens,
                 kv=agent.place,
                 priority=agent.spec.priority,
-                context_bytes=self._state.books.price(agent.spec),
+                context_bytes=agent.context_bytes,
                 host_bytes=agent.host_bytes,
                 busy=agent.phase is Phase.BUSY,
                 turns=agent.turns,
@@ -308,8 +310,14 @@ def _check_kv_type(plan: ModelPlan, context: ContextSpec) -> None:
             raise ModelLoadFailed(plan.path, problem)
 
 
-def _warnings(plan: ModelPlan, window: int) -> tuple[str, ...]:
+def _warnings(plan: ModelPlan, window: int, kv_bytes: int, host_kv_budget: int) -> tuple[str, ...]:
+    warnings = []
     trained = plan.geometry.trained_window
-    if window <= trained:
-        return ()
-    return (f"{window} tokens are more than the {trained} that {plan.key} was trained with; expect worse answers beyond those",)
+    if window > trained:
+        warnings.append(f"{window} tokens are more than the {trained} that {plan.key} was trained with; expect worse answers")
+    if kv_bytes > host_kv_budget:
+        warnings.append(
+            f"a full window has {format_bytes(kv_bytes)} of KV, host_kv_budget is {format_bytes(host_kv_budget)}: what does not "
+            "fit there is recomputed when the agent comes back, slower and with other rounding"
+        )
+    return tuple(warnings)

@@ -8,11 +8,13 @@ from typing import Any
 
 from conductor.config import MAX_WINDOW
 from conductor.errors import InvalidRequest
-from conductor.types import AgentId, DecodeRequest, Message
+from conductor.types import MAX_SEED, AgentId, DecodeRequest, Message
 
 MAX_NAME_CHARACTERS = 128
 MAX_BYTES = 2**63 - 1
 MAX_PRIORITY = 1_000_000
+MAX_WAIT_S = 86_400
+MAX_TEXT_CHARACTERS = 1 << 24
 
 
 def agent_id(value: object) -> AgentId:
@@ -32,7 +34,7 @@ def priority(value: object) -> int:
 
 
 def wait_s(value: object) -> float:
-    return _number("wait_s", value, at_least=0)
+    return _number("wait_s", value, at_least=0, at_most=MAX_WAIT_S)
 
 
 def bytes_(value: object) -> int:
@@ -43,6 +45,8 @@ def text(argument: str, value: object) -> str:
     """A string that can be written as UTF-8."""
     if not isinstance(value, str):
         raise InvalidRequest(argument, f"text is expected, not {type(value).__name__}")
+    if len(value) > MAX_TEXT_CHARACTERS:
+        raise InvalidRequest(argument, f"{len(value):,} characters, {MAX_TEXT_CHARACTERS:,} are allowed")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -75,7 +79,7 @@ def decode_request(
         top_k=_integer("top_k", top_k, at_least=0, at_most=MAX_WINDOW),
         top_p=_number("top_p", top_p, at_least=0, at_most=1),
         min_p=_number("min_p", min_p, at_least=0, at_most=1),
-        seed=None if seed is None else _integer("seed", seed, at_least=0, at_most=2**32 - 1),
+        seed=None if seed is None else _integer("seed", seed, at_least=0, at_most=MAX_SEED),
         stop=_stop(stop),
         reset=_flag("reset", reset),
         context_shift=None if context_shift is None else _flag("context_shift", context_shift),

@@ -117,6 +117,10 @@ class Message(Record):
     content: str
 
 
+#: llama.cpp takes the largest 32-bit number for "draw one", so it is no seed
+MAX_SEED = 2**32 - 2
+
+
 @dataclass(frozen=True, slots=True)
 class DecodeRequest(Record):
     """One turn of one agent. `prompt` continues the conversation as raw text; `messages` is a whole chat."""

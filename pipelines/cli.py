@@ -16,12 +16,13 @@ import typer
 import actors
 from actors import service
 from conductor import __version__
+from conductor.config import ENVIRONMENT as CONFIG_ENVIRONMENT
 from conductor.config import Config, load_config
 from conductor.errors import ConductorError, InternalError, InvalidRequest, NotRunning
 from conductor.types import Chunk, DecodeResult
 from pipelines import demo as demo_pipeline
 from pipelines import estimates, tables
-from pipelines.console import Exit, err, errors, out, print_json, show
+from pipelines.console import Exit, err, errors, out, print_json, print_text, show
 
 app = typer.Typer(
     name="conductor",
@@ -57,7 +58,7 @@ def _global(version: Annotated[bool, typer.Option("--version", help="Print the v
 
 
 def _conductor(config: Config) -> Any:
-    if service.running() is None and "RAY_ADDRESS" not in os.environ:
+    if service.users_address() is None and service.running() is None:
         raise NotRunning
     actors.join_ray()
     handle = actors.find(config)
@@ -77,6 +78,16 @@ def _session(config: Path | None, *, as_json: bool = False) -> Iterator[Any]:
             ray.shutdown()
 
 
+def _get(reference: Any) -> Any:
+    """The result of a call that may take long; whoever does not wait for it (Ctrl-C) ends it."""
+    try:
+        return ray.get(reference)
+    except BaseException:
+        ray.cancel(reference)
+        ray.wait([reference], timeout=2)  # the message is on its way: this process must not end before
+        raise
+
+
 # --- the service --------------------------------------------------------------------------------------------------------
 
 
@@ -87,12 +98,14 @@ def up(config: ConfigOption = None, as_json: JsonOption = False) -> None:
     Example: conductor up --config configs/8gb.yaml
     """
     with errors(as_json=as_json):
-        settings = load_config(config)
-        running = service.running()
-        began = running is None and "RAY_ADDRESS" not in os.environ
+        asked = config or os.environ.get(CONFIG_ENVIRONMENT)
+        address, running = service.users_address(), service.running()
+        settings = load_config(config if asked or running is None else running.config)
+        began = running is None and address is None
         if began:
             err.print("starting Ray …", style="dim")
-            running = service.start(str(config.resolve()) if config else None)
+        if address is None:
+            running = service.start(str(Path(asked).resolve()) if asked else None)
         try:
             handle = actors.connect(settings)
             status = ray.get(handle.status.remote())
@@ -102,8 +115,7 @@ def up(config: ConfigOption = None, as_json: JsonOption = False) -> None:
             raise
         show(status, tables.status(status), as_json=as_json)
         if not as_json:
-            address = running.address if running else os.environ["RAY_ADDRESS"]
-            out.print(f"\nRay at [bold]{address}[/]. Next: [bold]conductor chat coder[/]; stop with [bold]conductor down[/].")
+            out.print(f"\nRay at [bold]{address or (running and running.address)}[/]. Next: [bold]conductor chat coder[/]; stop with [bold]conductor down[/].")
         ray.shutdown()
 
 
@@ -117,7 +129,8 @@ def env() -> None:
         running = service.running()
         if running is None:
             raise NotRunning
-        for name, value in {"RAY_ADDRESS": running.address, **running.environment}.items():
+        addresses = {"RAY_ADDRESS": running.address, service.OUR_ADDRESS: running.address}
+        for name, value in (addresses | running.environment).items():
             out.print(f"export {name}={shlex.quote(value)}", markup=False, soft_wrap=True)
 
 
@@ -126,7 +139,7 @@ def down() -> None:
     """Stop the conductor, and Ray if `up` started it."""
     with errors():
         running = service.running()
-        if running is None and "RAY_ADDRESS" not in os.environ:
+        if service.users_address() is None and running is None:
             raise NotRunning
         # A Ray of our own ends in any case, with all that runs in it: even if its conductor cannot be found or answers no more.
         with contextlib.suppress(NotRunning if running is None else ConductorError):
@@ -156,7 +169,7 @@ def register(
     """
     with _session(config, as_json=as_json) as conductor:
         call = conductor.register.remote(agent_id, _path(model), window=window, priority=priority, wait_s=wait)
-        admission = ray.get(call)
+        admission = _get(call)
         show(admission, tables.admissions([admission]), as_json=as_json)
         for warning in admission.warnings:
             err.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)
@@ -204,7 +217,7 @@ def decode(
             "seed": seed, "stop": stop or (), "reset": reset,
         }  # fmt: skip
         if as_json:
-            print_json(ray.get(conductor.decode.remote(agent_id, **what, **options)).to_json())
+            print_json(_get(conductor.decode.remote(agent_id, **what, **options)).to_json())
         else:
             result = _print_stream(actors.stream(conductor, agent_id, **what, **options))
             err.print(tables.cost(result), style="dim", markup=False)
@@ -222,7 +235,7 @@ def _print_stream(stream: Iterator[Chunk | DecodeResult]) -> DecodeResult:
         if isinstance(item, DecodeResult):
             out.print()
             return item
-        out.print(item.text, end="", markup=False, soft_wrap=True)
+        print_text(item.text)
     raise InternalError("a stream did not end with its result")
 
 
@@ -244,7 +257,7 @@ def chat(
     with _session(config) as conductor:
         agent_id = name or f"chat-{os.getpid()}"
         owner = actors.Owner.current()  # if this process is killed, the agent goes with it
-        admission = ray.get(conductor.register.remote(agent_id, _path(model), window=window, wait_s=wait, owner=owner))
+        admission = _get(conductor.register.remote(agent_id, _path(model), window=window, wait_s=wait, owner=owner))
         welcome = f"{agent_id} on {admission.model}, {admission.window:,} tokens; Ctrl-D ends, /reset begins anew"
         out.print(welcome, style="dim", markup=False)
         opening = [{"role": "system", "content": system}] if system else []
@@ -256,7 +269,11 @@ def chat(
                     continue
                 turn = [*messages, {"role": "user", "content": said}]
                 answer = actors.stream(conductor, agent_id, messages=turn, max_tokens=max_tokens, temperature=temperature)
-                result = _print_stream(answer)
+                try:
+                    result = _print_stream(answer)
+                except ConductorError as error:  # this turn failed; the messages are those before it
+                    err.print(f"error: {error}; /reset begins anew", style="red", markup=False, soft_wrap=True)
+                    continue
                 messages = [*turn, {"role": "assistant", "content": result.text}]
                 out.print(tables.cost(result), style="dim", markup=False)
         finally:

@@ -23,7 +23,7 @@ from conductor.types import DecodeResult, Record
 #: role -> model: by default the keys are the same
 ROLES = {"coder": "coder", "reviewer": "reviewer", "documenter": "documenter"}
 _REVIEW = "Review this Python code for security flaws:\n\n```python\n{code}\n```"
-_DOCUMENT = "Write the documentation for this Python function:\n\n```python\n{code}\n```"
+DOCUMENT = "Write the documentation for this Python function:\n\n```python\n{code}\n```"
 _FENCE = re.compile(r"```[^\n`]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
 
 
@@ -72,7 +72,7 @@ class CodeCrew:
         on_turn("coder", written)
         code = code_in(written.text)
         working = {self._ask("reviewer", _REVIEW.format(code=code)): "reviewer",
-                   self._ask("documenter", _DOCUMENT.format(code=code)): "documenter"}  # fmt: skip
+                   self._ask("documenter", DOCUMENT.format(code=code)): "documenter"}  # fmt: skip
         done: dict[str, DecodeResult] = {}
         while working:
             (reference,), _ = ray.wait(list(working))

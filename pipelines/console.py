@@ -11,13 +11,16 @@ from typing import Any
 
 from ray.exceptions import RayActorError
 from rich.console import Console, RenderableType
+from rich.segment import Segment, Segments
 
 from actors.connection import own
 from conductor.errors import AdmissionRefused, ConductorError, InvalidRequest, ModelError, ServiceFailed
 from pipelines import tables
 
-out = Console(highlight=False, soft_wrap=False)
-err = Console(stderr=True, highlight=False)
+out = Console(highlight=False, soft_wrap=False, emoji=False)
+err = Console(stderr=True, highlight=False, emoji=False)
+
+_CONTROL = {code: None for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
 
 
 class Exit(IntEnum):
@@ -38,6 +41,16 @@ def show(value: Any, table: RenderableType, *, as_json: bool) -> None:
 
 def print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def printable(text: str) -> str:
+    """A model's text without control characters: they would steer the terminal."""
+    return text.translate(_CONTROL)
+
+
+def print_text(text: str) -> None:
+    """A piece of a model's text as it is: tabs stay tabs, nothing is wrapped, no line is ended."""
+    out.print(Segments([Segment(printable(text))]), end="", soft_wrap=True)
 
 
 @contextlib.contextmanager

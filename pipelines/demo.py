@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import secrets
 from dataclasses import dataclass, field
@@ -16,22 +15,23 @@ from rich.rule import Rule
 from rich.text import Text
 
 import actors
+from actors import service
 from actors._ray_private import authenticate
+from actors.connection import init_ray
 from conductor.config import MAX_WINDOW, Config
 from conductor.errors import AdmissionRefused, InternalError, RefusalCode
 from conductor.types import Admission, Chunk, DecodeResult, Kind, KvPlace, MirrorState, Status
 from conductor.units import MIB, format_bytes
 from pipelines import tables
-from pipelines.code_crew import ROLES, CodeCrew, CrewResult
-from pipelines.console import out
+from pipelines.code_crew import DOCUMENT, ROLES, CodeCrew, CrewResult
+from pipelines.console import out, print_text, printable
 from pipelines.machine import describe
 
 REQUEST = "Write a Python function that runs a shell command and returns its output."
-_DOCUMENT = "Write the documentation for this Python function:\n\n```python\n{}\n```"
 _QUESTIONS = {
     "documenter": (
-        _DOCUMENT.format("def add(a, b):\n    return a + b"),
-        _DOCUMENT.format("def read_json(path):\n    with open(path) as file:\n        return json.load(file)"),
+        DOCUMENT.format(code="def add(a, b):\n    return a + b"),
+        DOCUMENT.format(code="def read_json(path):\n    with open(path) as file:\n        return json.load(file)"),
     ),
     "coder": ("Write a Python function `is_prime(n)` that checks whether a number is prime.",),
 }
@@ -66,9 +66,10 @@ def run(config: Config, *, request: str | None = None, save: Path | None = None)
     """Show everything on a Ray of its own; True if every claim held."""
     config = config.model_copy(update={"live_contexts": 1})  # so that the swap is seen
     out.print("[dim]starting Ray and the conductor …[/]")
+    service.users_address()  # for what it forgets: the token of a service that may end before the demo does
     if "RAY_AUTH_MODE" not in os.environ:  # a token for the length of the demo, so that Ray writes none to the home directory
         authenticate({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)})
-    ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    init_ray("local", include_dashboard=False)
     try:
         conductor = actors.connect(config)
         transcript = Transcript()
@@ -173,7 +174,7 @@ class _Demo:
     @staticmethod
     def _shown(item: Chunk | DecodeResult) -> Chunk | DecodeResult:
         if isinstance(item, Chunk):
-            out.print(item.text, end="", markup=False, soft_wrap=True)
+            print_text(item.text)
         return item
 
     def _refuse(self) -> None:
@@ -226,7 +227,7 @@ class _Demo:
 
     def _show_turn(self, role: str, result: DecodeResult) -> None:
         cost = Text(tables.cost(result))
-        out.print(Panel(Text(result.text), title=role, subtitle=cost, title_align="left", subtitle_align="left"))
+        out.print(Panel(Text(printable(result.text)), title=role, subtitle=cost, title_align="left", subtitle_align="left"))
 
     def _ray_beside_ledger(self, when: str) -> None:
         out.print(Rule(f"Ray's view, {when}"))

@@ -35,7 +35,7 @@ class Catalog:
         configured = self._config.models.get(model)
         if configured is not None:
             path = self._config.resolve(configured.path)
-            if not path.exists() and configured.repo:
+            if not os.path.exists(path) and configured.repo:
                 path = fetch(configured.repo, configured.file or path.name, path.parent)
             return ModelKey(model), path.resolve()
         if os.sep not in model and not model.endswith(".gguf"):
@@ -52,10 +52,10 @@ class Catalog:
         Raises BadModelFile if a relative one is nowhere; of others nobody is told whether they exist outside.
         """
         if os.path.isabs(name):
-            return Path(name).resolve()
+            return Path(os.path.realpath(name))
         places = [*self._config.allowed_directories(), Path.cwd()]
         for place in places:
-            if (place / name).exists():
+            if os.path.exists(place / name):  # Path.exists() raises for names that are too long
                 return (place / name).resolve()
         raise BadModelFile(name, "cannot be opened: No such file or directory")
 

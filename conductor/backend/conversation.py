@@ -24,6 +24,14 @@ class Conversation:
     partial: bytes = b""
 
 
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What the model is to continue. Its first `old` tokens are history: a context shift may drop of them."""
+
+    tokens: list[int]
+    old: int
+
+
 class Prompter:
     """Turns requests into the tokens that a model is to continue. One for each model."""
 
@@ -31,19 +39,21 @@ class Prompter:
         self._model = model
         self._template: ChatTemplate | None = None
 
-    def target(self, conversation: Conversation, request: DecodeRequest) -> list[int]:
+    def target(self, conversation: Conversation, request: DecodeRequest) -> Target:
         """The conversation as it is to stand before the answer. Raises InvalidRequest, ChatTemplateFailed."""
         held = [] if request.reset else conversation.tokens
         if request.messages is not None:
-            return self._chat(request.messages)
+            tokens = self._chat(request.messages)
+            newest = self._model.tokenize(request.messages[-1].content, add_special=False, parse_special=False)
+            return Target(tokens, max(0, len(tokens) - len(newest)))
         if request.prompt is None:
             if not held:
                 raise InvalidRequest("prompt", "there is no conversation to continue: give a prompt or messages")
-            return list(held)
+            return Target(list(held), len(held))
         added = self._model.tokenize(request.prompt, add_special=not held, parse_special=True)
         if not held and not added:
             raise InvalidRequest("prompt", "it is empty, and so is the conversation")
-        return held + added
+        return Target(held + added, len(held))
 
     def _chat(self, messages: Sequence[Message]) -> list[int]:
         pieces = self._compiled().render(messages)

@@ -2,7 +2,8 @@
 
 llama.cpp lays out its buffers without allocating them. It does so in a child process: a file that passes the header's
 checks may still abort llama.cpp, and then only the child dies. The child answers many questions, since starting it
-costs most of the time, and goes when nobody asked for a while. Run as a module, this file is the child.
+costs most of the time, and goes when nobody asked for a while. It never sees a GPU: a CUDA context of its own would
+take half a GiB that nobody booked.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, Any
 
+import conductor
 from conductor.backend.llama import Llama, LlamaError, Model
 from conductor.core.estimate import Footprint, ModelPlan
 from conductor.errors import BadModelFile, ModelLoadFailed
@@ -36,24 +38,26 @@ class _Child:
     complaints: IO[bytes]
 
 
-class DryRun:
-    """Asks the child; answers are kept by file identity and parameters. Blocking, and safe to call from many threads."""
+class ChildFailed(Exception):
+    """The child cannot run here; that says nothing about the file."""
 
-    def __init__(self, *, index: int = 0) -> None:
-        self._index = index
+
+class DryRun:
+    """Asks the child; answers, for the host device, are kept by file identity and parameters. Blocking; one thread at a time."""
+
+    def __init__(self) -> None:
         self._child: _Child | None = None
-        self._answers: dict[tuple[ModelId, DeviceKind, ContextSpec], Footprint] = {}
-        self._one_question = threading.Lock()
+        self._answers: dict[tuple[ModelId, ContextSpec], Footprint] = {}
         #: of the last child: exit code and what it said
         self._death: tuple[int, str] = (0, "")
 
     def measure(self, plan: ModelPlan, spec: ContextSpec) -> Footprint:
-        """Raises BadModelFile if llama.cpp cannot survive the file, ModelLoadFailed if it refuses file or parameters."""
-        key = (plan.id, plan.device, spec)
-        with self._one_question:
-            if key not in self._answers:
-                self._answers[key] = self._ask(plan, spec)
-            return self._answers[key]
+        """Raises BadModelFile if llama.cpp cannot survive the file, ModelLoadFailed if it refuses file or parameters,
+        ChildFailed if the child itself cannot run.
+        """
+        if (plan.id, spec) not in self._answers:
+            self._answers[plan.id, spec] = self._ask(plan, spec)
+        return self._answers[plan.id, spec]
 
     @property
     def child_pid(self) -> int | None:
@@ -61,12 +65,13 @@ class DryRun:
         return self._child.process.pid if self._child else None
 
     def close(self) -> None:
-        with self._one_question:
-            self._end()
+        self._end()
 
     def _ask(self, plan: ModelPlan, spec: ContextSpec) -> Footprint:
-        question = {"path": plan.path, "kind": plan.device.value, "index": self._index, "spec": spec.to_json()}
+        question = {"path": plan.path, "spec": spec.to_json()}
         answer = self._exchange(json.dumps(question)) or self._exchange(json.dumps(question))  # it may just have gone idle
+        if answer is None and self._death[0] >= 0:
+            raise ChildFailed(self._last_words())
         if answer is None:
             raise BadModelFile(plan.path, f"llama.cpp does not survive it: {self._last_words()}")
         if "refused" in answer:
@@ -97,12 +102,17 @@ class DryRun:
         self._end()
         complaints = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the child
         process = subprocess.Popen(
-            [sys.executable, "-m", "conductor.backend.dry_run"],
+            [sys.executable, "-c", "from conductor.backend.dry_run import main; main()"],
+            cwd=Path(conductor.__file__).parent.parent,  # where python looks first: not at what lies around the caller
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=complaints,
             text=True,
-            env=os.environ | {"GGML_NO_BACKTRACE": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            env=os.environ | {
+                "GGML_NO_BACKTRACE": "1",
+                "CUDA_VISIBLE_DEVICES": "",
+                "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+            },
         )
         self._child = _Child(process, complaints)
         return self._child
@@ -128,16 +138,15 @@ def _tail(file: IO[bytes]) -> str:
     return lines[-1][:300] if lines else ""
 
 
-def _answer(llama: Llama, question: dict[str, Any], open_models: dict[tuple[str, str, int], Model]) -> dict[str, Any]:
+def _answer(llama: Llama, question: dict[str, Any], open_models: dict[str, Model]) -> dict[str, Any]:
     """Measure in this process. The last model stays open: another context of it costs a few milliseconds."""
-    kind, spec = DeviceKind(question["kind"]), ContextSpec(**question["spec"])
-    key = (question["path"], kind.value, question["index"])
+    path = question["path"]
     try:
-        if key not in open_models:
+        if path not in open_models:
             while open_models:
                 open_models.popitem()[1].close()
-            open_models[key] = llama.load(question["path"], kind, index=question["index"], dry=True)
-        took = open_models[key].footprint(spec)
+            open_models[path] = llama.load(path, DeviceKind.HOST, dry=True)
+        took = open_models[path].footprint(ContextSpec(**question["spec"]))
     except LlamaError as error:
         return {"refused": str(error)}
     return took.to_json() if took else {"refused": "this llama.cpp does not tell what it would take"}
@@ -146,7 +155,7 @@ def _answer(llama: Llama, question: dict[str, Any], open_models: dict[tuple[str,
 def main() -> None:
     """The child: a question a line, an answer a line, until nobody asks any more."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    llama, open_models = Llama.instance(), dict[tuple[str, str, int], Model]()
+    llama, open_models = Llama.instance(), dict[str, Model]()
     with contextlib.suppress(BrokenPipeError, KeyboardInterrupt):
         while select.select([sys.stdin], [], [], _IDLE_S)[0] and (line := sys.stdin.readline()):
             print(json.dumps(_answer(llama, json.loads(line), open_models)), flush=True)

@@ -32,7 +32,6 @@ class Opened:
 
     context_bytes: int | None
     restored_bytes: int
-    kv_lost: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,23 +131,26 @@ class Engine:
         blob = self._blobs.pop(agent_id, None)
         if blob is None:
             conversation.cached = 0
-            return Opened(measured, restored_bytes=0, kv_lost=False)
+            return Opened(measured, restored_bytes=0)
         restored = context.restore(self._store.view(blob))
         with self._arena_lock:
             self._store.free(blob)
         if not restored:
             conversation.cached = 0
-        return Opened(measured, blob.bytes if restored else 0, kv_lost=not restored)
+        return Opened(measured, blob.bytes if restored else 0)
 
     def close_context(self, agent_id: AgentId, *, save: bool) -> Closed:
         """Free the agent's context, its KV saved first if asked for and if the arena has room."""
         live = self._live[agent_id]
-        conversation = self._conversations[agent_id]
-        blob = self._save(live.context, conversation) if save else None
-        live.context.close()
-        del self._live[agent_id]
+        conversation, blob = self._conversations[agent_id], None
+        try:
+            blob = self._save(live.context, conversation) if save else None
+        finally:
+            live.context.close()
+            del self._live[agent_id]
+            if blob is None:
+                conversation.cached = 0
         if blob is None:
-            conversation.cached = 0
             return Closed(KvPlace.TOKENS, 0)
         self._blobs[agent_id] = blob
         return Closed(KvPlace.HOST, blob.bytes)
@@ -156,8 +158,9 @@ class Engine:
     def _save(self, context: Context, conversation: Conversation) -> Blob | None:
         if conversation.cached == 0:
             return None
+        size = context.state_bytes()
         with self._arena_lock:
-            blob = self._store.allocate(context.state_bytes())
+            blob = self._store.allocate(size) if size else None
         if blob is None:
             return None  # the tokens are kept, and the KV recomputed from them
         try:

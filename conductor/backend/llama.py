@@ -32,7 +32,7 @@ ByteArray = npt.NDArray[np.uint8]
 KV_TYPES = {"f32": 0, "f16": 1, "q8_0": 8, "q4_0": 2}
 _SEQUENCE = 0
 _WARNING, _ERROR = 3, 4  # ggml_log_level; the package's own table is out of date
-_TOKEN_ATTR_CONTROL, _TOKEN_ATTR_USER_DEFINED = 1 << 3, 1 << 4
+_TOKEN_ATTR_UNKNOWN, _TOKEN_ATTR_CONTROL = 1 << 0, 1 << 3
 
 
 class LlamaError(Exception):
@@ -218,8 +218,11 @@ class Model:
 
     @functools.cached_property
     def control_strings(self) -> tuple[str, ...]:
-        """What a user's text must not be able to say as a control token, longest first."""
-        control = _TOKEN_ATTR_CONTROL | _TOKEN_ATTR_USER_DEFINED
+        """What a user's text must not be able to say as a control token, longest first.
+
+        Not what the model's makers call user-defined: llama.cpp reads those as tokens in any text.
+        """
+        control = _TOKEN_ATTR_UNKNOWN | _TOKEN_ATTR_CONTROL
         tokens = (t for t in range(self.n_vocab) if ll.llama_vocab_get_attr(self._vocab, t) & control)
         return tuple(sorted({text for t in tokens if (text := self._special(t))}, key=len, reverse=True))
 

@@ -11,11 +11,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from conductor.backend.conversation import Conversation, Prompter, common_prefix
+from conductor.backend.conversation import Conversation, Prompter, Target, common_prefix
 from conductor.backend.llama import Context, Sampler
 from conductor.backend.text import TextAssembler
 from conductor.errors import TurnCancelled, WindowFull
-from conductor.types import AgentId, Chunk, DecodeRequest, FinishReason
+from conductor.types import MAX_SEED, AgentId, Chunk, DecodeRequest, FinishReason
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ def run_turn(context: Context, conversation: Conversation, prompter: Prompter, o
         _rewind(context, conversation, min(known, _first_to_drop(context)) if shifted else known)
         raise
     decoded = len(target) - reused  # the list itself grows from here on
-    seed = order.request.seed if order.request.seed is not None else secrets.randbits(32)
+    seed = order.request.seed if order.request.seed is not None else secrets.randbelow(MAX_SEED + 1)
     generation = _Generation(context, conversation, order, TextAssembler(order.request.stop, partial=partial))
     sampler = Sampler(order.request, seed)
     try:
@@ -77,19 +77,21 @@ def run_turn(context: Context, conversation: Conversation, prompter: Prompter, o
     )
 
 
-def _fit_window(context: Context, conversation: Conversation, target: list[int], order: TurnOrder) -> list[int]:
-    """The target, if it and one token more fit the window; with a context shift, less what had to be dropped."""
-    excess = len(target) + 1 - order.window
+def _fit_window(context: Context, conversation: Conversation, target: Target, order: TurnOrder) -> list[int]:
+    """The target, if it and one token more fit the window; with a context shift, less what had to be dropped of its history."""
+    tokens = target.tokens
+    excess = len(tokens) + 1 - order.window
     if excess <= 0:
-        return target
-    held = common_prefix(conversation.tokens, target)
-    first = _first_to_drop(context)
-    if not order.context_shift or excess > held - first:
-        raise WindowFull(order.agent_id, order.window, held, len(target) - held)
-    drop = max(excess, (held - first) // 2)
-    _rewind(context, conversation, held)
-    _drop(context, conversation, first, drop)
-    return target[:first] + target[first + drop :]
+        return tokens
+    first, held = _first_to_drop(context), common_prefix(conversation.tokens, tokens)
+    droppable = target.old - first
+    if not order.context_shift or excess > droppable:
+        raise WindowFull(order.agent_id, order.window, held, len(tokens) - held)
+    drop = max(excess, droppable // 2)
+    if held >= first + drop:  # else a chat's messages begin before what the session still holds: its history is read again
+        _rewind(context, conversation, held)
+        _drop(context, conversation, first, drop)
+    return tokens[:first] + tokens[first + drop :]
 
 
 def _feed_prompt(context: Context, conversation: Conversation, target: list[int], known: int, order: TurnOrder) -> int:

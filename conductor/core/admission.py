@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import enum
 import heapq
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from conductor.types import ModelId
@@ -30,15 +30,21 @@ class Decision:
     requested_bytes: int  #: what the newcomer adds to the ledger
 
 
-def promise_bytes(contexts: Iterable[tuple[ModelId, int]], *, live_contexts: int) -> int:
-    """The most that live contexts can need at once.
-
-    At most one context of a model is live, and at most `live_contexts` in all, so the worst case is the sum of the
-    largest `live_contexts` among the models' largest contexts.
-    """
+def largest_contexts(contexts: Iterable[tuple[ModelId, int]]) -> dict[ModelId, int]:
+    """Of each model the largest context that any of its agents may need."""
     largest: dict[ModelId, int] = {}
     for model, size in contexts:
-        largest[model] = max(size, largest.get(model, 0))
+        if size > largest.get(model, -1):
+            largest[model] = size
+    return largest
+
+
+def promise_bytes(largest: Mapping[ModelId, int], *, live_contexts: int) -> int:
+    """The most that live contexts can need at once, given `largest_contexts`.
+
+    At most one context of a model is live, and at most `live_contexts` in all, so the worst case is the sum of the
+    largest `live_contexts` among them.
+    """
     return sum(heapq.nlargest(live_contexts, largest.values()))
 
 

@@ -36,15 +36,15 @@ class Books:
     # --- prices -----------------------------------------------------------------------------------------------------
 
     def price(self, spec: AgentSpec) -> int:
-        """What the agent's context takes while it is live: measured if it ever was, else estimated."""
+        """What a newcomer's context takes while it is live: measured if one like it ever was, else estimated."""
         return self._measured.get((spec.model.id, spec.context), spec.context_bytes)
 
-    def promise(self, *newcomer: tuple[ModelId, int]) -> int:
-        """Bytes promised to the agents, and to a `newcomer` beside them."""
-        return admission.promise_bytes([*self._contexts(), *newcomer], live_contexts=self.live_contexts)
+    def promise(self) -> int:
+        """Bytes promised to the agents."""
+        return admission.promise_bytes(self._largest_contexts(), live_contexts=self.live_contexts)
 
-    def _contexts(self) -> Iterable[tuple[ModelId, int]]:
-        return ((agent.model_id, self.price(agent.spec)) for agent in self._agents.values())
+    def _largest_contexts(self) -> dict[ModelId, int]:
+        return admission.largest_contexts((agent.model_id, agent.context_bytes) for agent in self._agents.values())
 
     def book_overhead(self, holder: str, bytes: int) -> None:
         """Book what the process itself holds on the device, for as long as it lives. Raises OverCap."""
@@ -57,18 +57,23 @@ class Books:
     # --- admission --------------------------------------------------------------------------------------------------
 
     def decide(self, spec: AgentSpec, *, weights_are_booked: bool) -> Decision:
+        price, largest = self.price(spec), self._largest_contexts()
+        promised = admission.promise_bytes(largest, live_contexts=self.live_contexts)
+        largest[spec.model.id] = max(price, largest.get(spec.model.id, 0))
         return admission.decide(
             cap_bytes=self.ledger.cap_bytes,
             booked_bytes=self.ledger.allocated_bytes,
             fixed_bytes=self.overhead_bytes,
-            promised_bytes=self.promise(),
-            promise_bytes=self.promise((spec.model.id, self.price(spec))),
-            context_bytes=self.price(spec),
+            promised_bytes=promised,
+            promise_bytes=admission.promise_bytes(largest, live_contexts=self.live_contexts),
+            context_bytes=price,
             weights_bytes=spec.model.weights_bytes,
             weights_are_booked=weights_are_booked,
         )
 
-    def refuse(self, code: RefusalCode, requested_bytes: int, *, largest_window: int | None = None) -> AdmissionRefused:
+    def refuse(
+        self, code: RefusalCode, requested_bytes: int, *, largest_window: int | None = None, waiting_ahead: int = 0
+    ) -> AdmissionRefused:
         return AdmissionRefused(
             Refusal(
                 code=code,
@@ -77,11 +82,14 @@ class Books:
                 booked_bytes=self.ledger.allocated_bytes,
                 holders=self.ledger.snapshot(),
                 largest_window=largest_window,
+                waiting_ahead=waiting_ahead,
             )
         )
 
-    def refuse_agent(self, code: RefusalCode, spec: AgentSpec, *, weights_are_booked: bool) -> AdmissionRefused:
-        """The refusal of a newcomer, with the largest window of its model that would fit now."""
+    def refuse_agent(
+        self, code: RefusalCode, spec: AgentSpec, *, weights_are_booked: bool, waiting_ahead: int = 0
+    ) -> AdmissionRefused:
+        """The refusal of a newcomer, with the largest window of its model that would fit now, unless others go first."""
 
         def fits(window: int) -> bool:
             context = replace(spec.context, window=window)
@@ -90,7 +98,8 @@ class Books:
             return self.decide(smaller, weights_are_booked=weights_are_booked).outcome is Outcome.FIT
 
         requested = self.decide(spec, weights_are_booked=weights_are_booked).requested_bytes
-        return self.refuse(code, requested, largest_window=admission.largest_window(fits, below=spec.context.window))
+        window = None if waiting_ahead else admission.largest_window(fits, below=spec.context.window)
+        return self.refuse(code, requested, largest_window=window, waiting_ahead=waiting_ahead)
 
     # --- the promise and the live contexts in it --------------------------------------------------------------------
 
@@ -103,25 +112,31 @@ class Books:
 
     def take(self, agent: Agent) -> ReservationId:
         """Hand the agent's context its bytes out of the headroom."""
-        return self.ledger.split(self._headroom, agent.id, Kind.CONTEXT, self.price(agent.spec))
+        return self.ledger.split(self._headroom, agent.id, Kind.CONTEXT, agent.context_bytes)
 
     def give_back(self, live: LiveContext) -> None:
         self.ledger.join(live.reservation)
 
     def correct(self, agent: Agent, live: LiveContext, measured: int) -> None:
         """Book what the context really took and price the same parameters so from now on. Raises OverCap, unchanged."""
-        key, part = (agent.model_id, agent.spec.context), live.reservation
-        before = self.price(agent.spec)
-        self._measured[key] = measured
+        part, before = live.reservation, agent.context_bytes
         promised = self.ledger.size(self._headroom) + self._in_use()
+        self._reprice(agent, measured)
         growth = self.promise() - promised
         if growth > self.ledger.free_bytes:
-            self._measured[key] = before
+            self._reprice(agent, before)
             raise OverCap(growth, self.ledger.free_bytes)
         headroom = self.promise() - (self._in_use() - self.ledger.size(part) + measured)
         changes = [(part, measured), (self._headroom, headroom)]
         for id, size in sorted(changes, key=lambda change: change[1] - self.ledger.size(change[0])):  # what shrinks goes first
             self.ledger.resize(id, size)
+
+    def _reprice(self, agent: Agent, context_bytes: int) -> None:
+        """For everybody whose context has the same model and parameters, now and later."""
+        self._measured[agent.model_id, agent.spec.context] = context_bytes
+        for other in self._agents.values():
+            if other.model_id == agent.model_id and other.spec.context == agent.spec.context:
+                other.context_bytes = context_bytes
 
     # --- other tasks' bytes -----------------------------------------------------------------------------------------
 

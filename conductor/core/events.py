@@ -94,7 +94,6 @@ class ContextOpened:
     agent_id: AgentId
     context_bytes: int  #: measured
     restored_bytes: int  #: moved back from host memory; 0 for a new or recomputed session
-    kv_lost: bool = False  #: there was a saved KV, and it could not be used
 
 
 @dataclass(frozen=True, slots=True)

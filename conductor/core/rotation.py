@@ -63,8 +63,8 @@ class Rotation:
             return []
         waiting.sort(key=lambda turn: -self._agents[turn.agent_id].spec.priority)
         queue = [turns.WaitingTurn(turn.id, turn.agent_id, self._agents[turn.agent_id].model_id) for turn in waiting]
-        places = [turns.Place(a.id, a.model_id, a.live.phase, a.last_turn) for a in self._agents.values() if a.live]
-        return [self._take(step) for step in turns.plan_turns(queue, places, live_contexts=self.live_contexts)]
+        occupants = [turns.Occupant(a.id, a.model_id, a.live.phase, a.last_turn) for a in self._agents.values() if a.live]
+        return [self._take(step) for step in turns.plan_turns(queue, occupants, live_contexts=self.live_contexts)]
 
     def _take(self, step: turns.Step) -> actions.Action:
         agent = self._agents[step.agent_id]

@@ -25,9 +25,8 @@ class Phase(enum.Enum):
     CLOSING = "closing"
 
 
-#: (phase, what happened) -> phase; None is "no live context"
-PHASES: dict[tuple[Phase | None, str], Phase | None] = {
-    (None, "opening"): Phase.OPENING,
+#: (phase, what happened) -> phase; a live context begins OPENING, and None is its end
+PHASES: dict[tuple[Phase, str], Phase | None] = {
     (Phase.OPENING, "opened"): Phase.READY,
     (Phase.OPENING, "open failed"): None,
     (Phase.READY, "turn began"): Phase.BUSY,
@@ -51,6 +50,7 @@ class Agent:
     spec: AgentSpec
     registration: RequestId
     charged_bytes: int
+    context_bytes: int  #: what its context takes while it is live: estimated, and measured as soon as one like it was
     loads_model: bool
     stage: Stage = Stage.LOADING
     place: KvPlace = KvPlace.TOKENS
@@ -76,7 +76,7 @@ class Agent:
         return self.live.phase if self.live else None
 
     def become(self, happened: str) -> None:
-        """Move the live context by the table; `opening` needs `live` set by the caller, ends clear it."""
+        """Move the live context by the table; its end clears `live`."""
         live = self.live
         if live is None or (live.phase, happened) not in PHASES:
             raise InternalError(f"context of {self.id} is {live.phase.value if live else 'not live'}, yet {happened!r} happened")

@@ -89,7 +89,8 @@ class State:
         if decision.outcome is Outcome.FIT and not self.waitlist.ahead_of(spec.priority):
             return self._book(event, decision)
         if not event.may_wait:
-            return [actions.Refuse(event.request_id, self._refusal(RefusalCode.CAP, spec))]
+            ahead = self.waitlist.ahead_of(spec.priority)
+            return [actions.Refuse(event.request_id, self._refusal(RefusalCode.CAP, spec, waiting_ahead=ahead))]
         if self.waitlist.full:
             return [actions.Refuse(event.request_id, self._refusal(RefusalCode.QUEUE_FULL, spec))]
         self.waitlist.add(event)
@@ -103,7 +104,8 @@ class State:
             weights = self.ledger.reserve(spec.model.key, Kind.WEIGHTS, decision.weights_bytes)
             self.models[spec.model.id] = Model(spec.model, weights, ModelState.LOADING)
             todo.append(actions.LoadModel(spec.model))
-        agent = Agent(spec, event.request_id, decision.requested_bytes, loads_model=model is None)
+        price = self.books.price(spec)
+        agent = Agent(spec, event.request_id, decision.requested_bytes, price, loads_model=model is None)
         self.agents[spec.id] = agent
         self.books.keep_promise()
         if model is not None and model.state is ModelState.RESIDENT:
@@ -113,8 +115,9 @@ class State:
     def _admit(self, agent: Agent) -> actions.Admit:
         agent.stage = Stage.ADMITTED
         weights = self.ledger.size(self.models[agent.model_id].reservation)
-        context = self.books.price(agent.spec)
-        return actions.Admit(agent.registration, agent.spec, weights, context, agent.charged_bytes, agent.loads_model)
+        return actions.Admit(
+            agent.registration, agent.spec, weights, agent.context_bytes, agent.charged_bytes, agent.loads_model
+        )
 
     def _on_register_abandoned(self, event: events.RegisterAbandoned) -> list[actions.Action]:
         if (waiting := self.waitlist.remove(event.request_id)) is not None:
@@ -148,8 +151,9 @@ class State:
     def _decide(self, spec: AgentSpec) -> Decision:
         return self.books.decide(spec, weights_are_booked=spec.model.id in self.models)
 
-    def _refusal(self, code: RefusalCode, spec: AgentSpec) -> AdmissionRefused:
-        return self.books.refuse_agent(code, spec, weights_are_booked=spec.model.id in self.models)
+    def _refusal(self, code: RefusalCode, spec: AgentSpec, *, waiting_ahead: int = 0) -> AdmissionRefused:
+        booked = spec.model.id in self.models
+        return self.books.refuse_agent(code, spec, weights_are_booked=booked, waiting_ahead=waiting_ahead)
 
     def _must_wait_for_leavers(self, spec: AgentSpec) -> bool:
         """Whether something of the same name is on its way out: a model being unloaded, or an agent (a restarted one's past)."""

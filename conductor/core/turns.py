@@ -31,7 +31,7 @@ class WaitingTurn:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Occupant:
     """A live context in the picture."""
 
     agent_id: AgentId
@@ -61,14 +61,14 @@ class Close:
 Step: TypeAlias = Start | Open | Close
 
 
-def plan_turns(waiting: Sequence[WaitingTurn], places: Sequence[Place], *, live_contexts: int) -> list[Step]:
+def plan_turns(waiting: Sequence[WaitingTurn], occupants: Sequence[Occupant], *, live_contexts: int) -> list[Step]:
     """The steps to take now, `waiting` being in order of precedence. The numbers are those of the module's list."""
     steps: list[Step] = []
-    by_agent = {place.agent_id: place for place in places}
-    by_model = {place.model_id: place for place in places}
-    free = live_contexts - len(places)
-    closing = sum(place.phase is Phase.CLOSING for place in places)
-    ready = {place.agent_id for place in places if place.phase is Phase.READY}
+    by_agent = {occupant.agent_id: occupant for occupant in occupants}
+    by_model = {occupant.model_id: occupant for occupant in occupants}
+    free = live_contexts - len(occupants)
+    closing = sum(occupant.phase is Phase.CLOSING for occupant in occupants)
+    ready = {occupant.agent_id for occupant in occupants if occupant.phase is Phase.READY}
     served: set[AgentId] = set()
     claimed: set[ModelId] = set()  # a second agent of a model must not take, or wait for, a second place
     for turn in waiting:

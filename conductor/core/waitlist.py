@@ -30,6 +30,6 @@ class Waitlist:
         """Take a request out; None if it does not wait (any more)."""
         return self._waiting.pop(request_id, None)
 
-    def ahead_of(self, priority: int) -> bool:
-        """Whether somebody waits whom a newcomer of this priority must not overtake."""
-        return any(request.agent.priority >= priority for request in self._waiting.values())
+    def ahead_of(self, priority: int) -> int:
+        """How many wait whom a newcomer of this priority must not overtake."""
+        return sum(request.agent.priority >= priority for request in self._waiting.values())

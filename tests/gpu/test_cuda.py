@@ -11,6 +11,7 @@ import pytest
 
 from conductor.backend.llama import Llama
 from conductor.config import Config, parse_config
+from conductor.errors import AdmissionRefused
 from conductor.gpu_conductor import GpuConductor
 from conductor.types import DeviceKind, Kind, KvPlace
 from conductor.units import MIB
@@ -107,5 +108,21 @@ def test_kv_comes_back_from_page_locked_memory() -> None:
         returned = await conductor.decode("a", "import sys\n", max_tokens=4)
         assert returned.kv_swap_restored
         assert returned.recomputed_tokens == 0
+
+    story(act, configured())
+
+
+def test_what_is_booked_at_admission_is_what_llama_takes_and_the_estimate_takes_nothing() -> None:
+    async def act(conductor: GpuConductor) -> None:
+        before = (await conductor.status()).device.free_bytes
+        with pytest.raises(AdmissionRefused):
+            await conductor.register("greedy", "coder", window=1_900_000)  # priced by a dry run, and refused
+        assert (await conductor.status()).device.free_bytes >= before - 32 * MIB
+        for role in ROLES:
+            await conductor.register(role, role)
+        booked = (await conductor.status()).ledger.allocated_bytes
+        for role in ROLES:
+            await conductor.decode(role, "import os\n", max_tokens=2)
+        assert (await conductor.status()).ledger.allocated_bytes == booked
 
     story(act, configured())

@@ -11,7 +11,7 @@ from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
 from conductor.backend.conversation import Conversation, Prompter
 from conductor.backend.llama import Llama, Model
-from conductor.errors import ChatTemplateFailed
+from conductor.errors import ChatTemplateFailed, WindowFull
 from conductor.types import (
     DecodeRequest,
     DeviceKind,
@@ -33,7 +33,7 @@ def loaded(path: Path) -> Iterator[Model]:
 
 def tokens_of_chat(model: Model, *messages: dict[str, str]) -> list[int]:
     request = DecodeRequest(messages=tuple(Message(m["role"], m["content"]) for m in messages))
-    return Prompter(model).target(Conversation(), request)
+    return Prompter(model).target(Conversation(), request).tokens
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -111,3 +111,18 @@ async def test_a_model_without_a_template_takes_prompts_only(start: Start, tmp_p
     with pytest.raises(ChatTemplateFailed, match="use prompt"):
         await conductor.decode("ada", messages=[user("hello")])
     assert (await conductor.decode("ada", "hello", max_tokens=1)).generated_tokens == 1
+
+
+async def test_a_chat_that_outgrows_its_window_again_and_again_goes_on_with_a_context_shift(start: Start) -> None:
+    conductor = await start({"coder": SHIPPED["coder"]})
+    await conductor.register("ada", "coder", window=256)
+    chat: list[dict[str, str]] = []
+    for turn in range(12):
+        chat.append(user(f"{TASK} Number {turn}."))
+        result = await conductor.decode("ada", messages=chat, max_tokens=24, context_shift=True)
+        chat.append(assistant(result.text))
+        assert (await conductor.list())[0].tokens <= 256
+    with pytest.raises(WindowFull):
+        await conductor.decode("ada", messages=[*chat, user("again")], max_tokens=24)
+    with pytest.raises(WindowFull):  # what is new must fit, whatever is dropped of the old
+        await conductor.decode("ada", messages=[user("x = 1\n" * 300)], max_tokens=24, context_shift=True)

@@ -213,7 +213,7 @@ class Stage:
         id = AgentId(agent)
         measured = self.state.books.price(self.state.agents[id].spec) if takes is None else takes
         restored = self.engine.open(id, measured, kv_lost=kv_lost)
-        self.hear(events.ContextOpened(id, measured, restored, kv_lost))
+        self.hear(events.ContextOpened(id, measured, restored))
 
     def open_failed(self, agent: str, error: ConductorError) -> None:
         self.engine.take(actions.OpenContext, agent)

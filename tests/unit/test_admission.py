@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conductor.core import admission
-from conductor.core.admission import Decision, Outcome, decide, largest_window, promise_bytes
+from conductor.core.admission import Decision, Outcome, decide, largest_contexts, largest_window, promise_bytes
 from conductor.core.estimate import context_bytes
 from conductor.core.events import AgentSpec
 from conductor.core.state import State
@@ -111,16 +111,16 @@ def test_more_room_never_makes_the_outcome_worse(
 
 
 def test_nobody_is_promised_nothing() -> None:
-    assert promise_bytes([], live_contexts=3) == 0
+    assert promise_bytes({}, live_contexts=3) == 0
 
 
 def test_agents_of_one_model_take_turns_so_only_the_largest_counts() -> None:
-    assert promise_bytes([(A, 10), (A, 30), (A, 20)], live_contexts=3) == 30
+    assert promise_bytes(largest_contexts([(A, 10), (A, 30), (A, 20)]), live_contexts=3) == 30
 
 
 def test_as_many_models_count_as_may_be_live_the_largest_first() -> None:
     contexts = [(A, 10), (B, 30), (C, 20)]
-    assert [promise_bytes(contexts, live_contexts=n) for n in (1, 2, 3, 4)] == [30, 50, 60, 60]
+    assert [promise_bytes(largest_contexts(contexts), live_contexts=n) for n in (1, 2, 3, 4)] == [30, 50, 60, 60]
 
 
 contexts = st.lists(st.tuples(st.sampled_from([A, B, C, ModelId("d")]), st.integers(0, 10**12)), max_size=7)
@@ -140,15 +140,15 @@ def test_the_promise_is_the_worst_case_over_all_sets_of_live_contexts(
         for chosen in itertools.combinations(contexts, count)
         if may_be_live(chosen)
     )
-    assert promise_bytes(contexts, live_contexts=live_contexts) == worst
+    assert promise_bytes(largest_contexts(contexts), live_contexts=live_contexts) == worst
 
 
 @given(contexts, contexts, st.integers(1, 5))
 def test_a_newcomer_never_lowers_the_promise(
     contexts: list[tuple[ModelId, int]], newcomers: list[tuple[ModelId, int]], live_contexts: int
 ) -> None:
-    without = promise_bytes(contexts, live_contexts=live_contexts)
-    assert promise_bytes([*contexts, *newcomers], live_contexts=live_contexts) >= without
+    without = promise_bytes(largest_contexts(contexts), live_contexts=live_contexts)
+    assert promise_bytes(largest_contexts([*contexts, *newcomers]), live_contexts=live_contexts) >= without
 
 
 # --- the largest window -----------------------------------------------------------------------------------------------

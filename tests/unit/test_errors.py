@@ -155,4 +155,5 @@ def test_a_refusal_has_a_json_form() -> None:
         "booked_bytes": 600 << 20,
         "holders": [{"id": "r1", "holder": "coder", "kind": "weights", "bytes": 600 << 20}],
         "largest_window": 4096,
+        "waiting_ahead": 0,
     }

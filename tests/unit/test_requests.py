@@ -95,7 +95,7 @@ BAD_OPTIONS = {
     "top_k": [-1, 2**31, True, 0.5, *NO_NUMBERS],
     "top_p": [-0.1, 1.1, math.nan, math.inf, True, *NO_NUMBERS],
     "min_p": [-0.1, 1.1, math.nan, math.inf, True, *NO_NUMBERS],
-    "seed": [-1, 2**32, True, 0.5, *(bad for bad in NO_NUMBERS if bad is not None)],
+    "seed": [-1, 2**32 - 1, True, 0.5, *(bad for bad in NO_NUMBERS if bad is not None)],
     "reset": [0, 1, None, "true", []],
     "context_shift": [0, 1, "true", []],
 }
@@ -108,10 +108,10 @@ def test_an_option_of_a_turn_that_makes_no_sense_is_refused_by_name(option: str,
 
 def test_options_at_their_limits_are_taken() -> None:
     low = decode(max_tokens=1, temperature=0, top_k=0, top_p=0, min_p=0, seed=0)
-    high = decode(max_tokens=2**31 - 1, temperature=1e6, top_k=2**31 - 1, top_p=1, min_p=1, seed=2**32 - 1, context_shift=True)
+    high = decode(max_tokens=2**31 - 1, temperature=1e6, top_k=2**31 - 1, top_p=1, min_p=1, seed=2**32 - 2, context_shift=True)
     assert (low.max_tokens, low.temperature, low.top_k, low.seed) == (1, 0.0, 0, 0)
     assert isinstance(low.temperature, float)
-    assert (high.top_p, high.min_p, high.seed, high.context_shift) == (1.0, 1.0, 2**32 - 1, True)
+    assert (high.top_p, high.min_p, high.seed, high.context_shift) == (1.0, 1.0, 2**32 - 2, True)
 
 
 def test_the_public_defaults_are_those_of_the_record() -> None:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from conductor.core.events import TurnId
 from conductor.core.sessions import Phase
-from conductor.core.turns import Close, Open, Place, Start, Step, WaitingTurn, plan_turns
+from conductor.core.turns import Close, Occupant, Open, Start, Step, WaitingTurn, plan_turns
 from conductor.types import AgentId, ModelId
 
 
@@ -15,8 +15,8 @@ def turn(id: int, agent: str, model: str) -> WaitingTurn:
     return WaitingTurn(TurnId(id), AgentId(agent), ModelId(model))
 
 
-def live(agent: str, model: str, phase: Phase = Phase.READY, *, last_turn: int = 0) -> Place:
-    return Place(AgentId(agent), ModelId(model), phase, last_turn)
+def live(agent: str, model: str, phase: Phase = Phase.READY, *, last_turn: int = 0) -> Occupant:
+    return Occupant(AgentId(agent), ModelId(model), phase, last_turn)
 
 
 def start(id: int, agent: str) -> Start:
@@ -31,7 +31,7 @@ def close(agent: str, *, for_turn: int) -> Close:
     return Close(AgentId(agent), TurnId(for_turn))
 
 
-def plan(waiting: list[WaitingTurn], places: list[Place], *, live_contexts: int = 1) -> list[Step]:
+def plan(waiting: list[WaitingTurn], places: list[Occupant], *, live_contexts: int = 1) -> list[Step]:
     return plan_turns(waiting, places, live_contexts=live_contexts)
 
 
@@ -142,7 +142,7 @@ AGENTS = [f"{model}{i}" for model in MODELS for i in range(3)]
 
 
 @st.composite
-def moments(draw: st.DrawFn) -> tuple[list[WaitingTurn], list[Place], int]:
+def moments(draw: st.DrawFn) -> tuple[list[WaitingTurn], list[Occupant], int]:
     """A legal picture: at most one live context a model, at most `live_contexts`."""
     live_contexts = draw(st.integers(1, 4))
     models = draw(st.lists(st.sampled_from(MODELS), unique=True, max_size=live_contexts))
@@ -155,7 +155,7 @@ def moments(draw: st.DrawFn) -> tuple[list[WaitingTurn], list[Place], int]:
 
 
 @given(moments())
-def test_places_and_models_are_never_taken_twice(moment: tuple[list[WaitingTurn], list[Place], int]) -> None:
+def test_places_and_models_are_never_taken_twice(moment: tuple[list[WaitingTurn], list[Occupant], int]) -> None:
     waiting, places, live_contexts = moment
     steps = plan(waiting, places, live_contexts=live_contexts)
     model_of = {turn.agent_id: turn.model_id for turn in waiting}
@@ -166,7 +166,7 @@ def test_places_and_models_are_never_taken_twice(moment: tuple[list[WaitingTurn]
 
 
 @given(moments())
-def test_no_agent_gets_two_steps_and_each_is_one_it_can_take(moment: tuple[list[WaitingTurn], list[Place], int]) -> None:
+def test_no_agent_gets_two_steps_and_each_is_one_it_can_take(moment: tuple[list[WaitingTurn], list[Occupant], int]) -> None:
     waiting, places, live_contexts = moment
     steps = plan(waiting, places, live_contexts=live_contexts)
     assert len({step.agent_id for step in steps}) == len(steps)
@@ -176,7 +176,7 @@ def test_no_agent_gets_two_steps_and_each_is_one_it_can_take(moment: tuple[list[
 
 
 @given(moments())
-def test_each_step_is_for_the_first_waiting_turn_of_its_agent(moment: tuple[list[WaitingTurn], list[Place], int]) -> None:
+def test_each_step_is_for_the_first_waiting_turn_of_its_agent(moment: tuple[list[WaitingTurn], list[Occupant], int]) -> None:
     waiting, places, live_contexts = moment
     first: dict[AgentId, TurnId] = {}
     for waiter in waiting:
@@ -190,7 +190,7 @@ def test_each_step_is_for_the_first_waiting_turn_of_its_agent(moment: tuple[list
 
 @given(moments())
 def test_the_first_in_line_gets_a_step_unless_what_it_needs_is_on_its_way(
-    moment: tuple[list[WaitingTurn], list[Place], int],
+    moment: tuple[list[WaitingTurn], list[Occupant], int],
 ) -> None:
     waiting, places, live_contexts = moment
     if not waiting:
@@ -206,7 +206,7 @@ def test_the_first_in_line_gets_a_step_unless_what_it_needs_is_on_its_way(
 
 
 @given(moments())
-def test_at_most_one_context_is_closed_for_each_model_that_wants_in(moment: tuple[list[WaitingTurn], list[Place], int]) -> None:
+def test_at_most_one_context_is_closed_for_each_model_that_wants_in(moment: tuple[list[WaitingTurn], list[Occupant], int]) -> None:
     waiting, places, live_contexts = moment
     model_of = {turn.id: turn.model_id for turn in waiting}
     steps = plan(waiting, places, live_contexts=live_contexts)
@@ -216,7 +216,7 @@ def test_at_most_one_context_is_closed_for_each_model_that_wants_in(moment: tupl
 
 @given(moments())
 def test_contexts_of_other_models_are_closed_only_when_no_place_is_free_or_becoming_free(
-    moment: tuple[list[WaitingTurn], list[Place], int],
+    moment: tuple[list[WaitingTurn], list[Occupant], int],
 ) -> None:
     waiting, places, live_contexts = moment
     steps = plan(waiting, places, live_contexts=live_contexts)
