@@ -72,7 +72,7 @@ def users_address() -> str | None:
     """
     service = running()
     address, stale = os.environ.get("RAY_ADDRESS") or None, []
-    if address == os.environ.get(OUR_ADDRESS) and (service is None or service.address != address):
+    if address and address == os.environ.get(OUR_ADDRESS) and (service is None or service.address != address):
         stale += ["RAY_ADDRESS", OUR_ADDRESS]
     if Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "/")).parent == runtime_directory():
         stale += ["RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"]

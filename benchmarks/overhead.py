@@ -37,6 +37,7 @@ from conductor.core.ledger import Ledger
 from conductor.core.sessions import Agent
 from conductor.types import AgentId, ContextSpec, DeviceKind, Status
 
+_SHOWN = {"tokens_per_s": 0, "turn_tokens_per_s": 0, "first_token_ms": 2}
 PROMPT = "import os\nimport sys\n\n\ndef main(arguments):\n"
 
 
@@ -96,14 +97,14 @@ def prompt(number: int) -> str:
 
 
 def decode_sides(conductor: Any, bare: BareLoop, max_tokens: int) -> dict[str, Callable[[], dict[str, float]]]:
-    """The two sides of a round: {side: run it once and return its figures}. The bare loop goes first."""
+    """The sides of a round: {side: run it once and return its figures}. The bare loop goes first."""
     numbers = {"bare": itertools.count(), "actor": itertools.count()}
     expected: dict[str, list[int]] = {}
 
     def limit() -> dict[str, float]:
         text = prompt(next(numbers["bare"]))
         expected[text], first, elapsed = bare.generate(text, max_tokens)
-        return {"tokens_per_s": len(expected[text]) / elapsed, "first_token_ms": first * 1000}
+        return _figures(len(expected[text]), first, elapsed)
 
     def actor() -> dict[str, float]:
         text = prompt(next(numbers["actor"]))
@@ -116,9 +117,23 @@ def decode_sides(conductor: Any, bare: BareLoop, max_tokens: int) -> dict[str, C
         elapsed = time.perf_counter() - began
         assert list(result.tokens) == expected[text], "the actor's tokens differ from the bare loop's"
         assert result.prompt_tokens_reused <= 1, "the actor had read the prompt before"
-        return {"tokens_per_s": result.generated_tokens / elapsed, "first_token_ms": first * 1000}
+        return _figures(result.generated_tokens, first, elapsed, result.time_to_first_token_ms / 1000)
 
-    return {"bare loop": limit, "actor": actor}
+    def empty_call() -> dict[str, float]:
+        began = time.perf_counter()
+        ray.get(conductor.check.remote())
+        return {"ms": (time.perf_counter() - began) * 1000}
+
+    return {"bare loop": limit, "actor": actor, "empty call": empty_call}
+
+
+def _figures(tokens: int, first: float, elapsed: float, own_first: float | None = None) -> dict[str, float]:
+    """The rate once the turn's own first token is there, the whole turn's rate, and the time to a first token."""
+    return {
+        "tokens_per_s": (tokens - 1) / (elapsed - (first if own_first is None else own_first)),
+        "turn_tokens_per_s": tokens / elapsed,
+        "first_token_ms": first * 1000,
+    }
 
 
 def ledger_sides(plan: ModelPlan, spec: ContextSpec, reservations: int) -> dict[str, Callable[[], dict[str, float]]]:
@@ -182,17 +197,25 @@ def main(
     actors.stop(conductor)
     ray.shutdown()
 
-    rate = harness.median_ratio(decode["actor"]["tokens_per_s"], decode["bare loop"]["tokens_per_s"])
+    empty_ms = harness.median(decode.pop("empty call")["ms"])
+    rate, turn = (harness.median_ratio(decode["actor"][f], decode["bare loop"][f]) for f in ("tokens_per_s", "turn_tokens_per_s"))
     late = harness.median(decode["actor"]["first_token_ms"]) - harness.median(decode["bare loop"]["first_token_ms"])
-    rows = [[side, f"{harness.median(f['tokens_per_s']):.0f}", f"{harness.median(f['first_token_ms']):.2f}"]
-            for side, f in decode.items()]  # fmt: skip
-    harness.table(f"{model} on {status.device.name}, one agent, greedy", ["", "tok/s", "first token, ms"], rows)
-    harness.out.print(f"actor / bare loop: [bold]{rate:.3f}[/] of the tok/s, [bold]{late:+.2f} ms[/] to the first token")
+    rows = [
+        [side, *(f"{harness.median(figures[name]):.{digits}f}" for name, digits in _SHOWN.items())]
+        for side, figures in decode.items()
+    ]
+    harness.table(f"{model} on {status.device.name}, one agent, greedy", ["", "tok/s", "whole turn", "first token, ms"], rows)
+    harness.out.print(
+        f"actor / bare loop: [bold]{rate:.3f}[/] of the tok/s, {turn:.3f} of the whole turn's ({max_tokens} tokens), "
+        f"[bold]{late:+.2f} ms[/] to the first token, of which an empty call of the actor takes {empty_ms:.2f}"
+    )
     harness.table(f"ledger of {reservations} reservations", ["", "median µs"],
                   [[side, f"{harness.median(f['us']):.1f}"] for side, f in ledger.items()])  # fmt: skip
-    figures = {"model": model, "max_tokens": max_tokens, "repeats": repeats, "tokens_per_s_ratio": rate,
-               "first_token_ms_added": late, "decode": decode, "reservations": reservations, "ledger": ledger}  # fmt: skip
-    harness.save(save or harness.RESULTS / f"overhead-{status.device.kind.value}.json", figures, status)
+    result = {
+        "model": model, "max_tokens": max_tokens, "repeats": repeats, "tokens_per_s_ratio": rate, "turn_ratio": turn,
+        "first_token_ms_added": late, "empty_call_ms": empty_ms, "decode": decode, "reservations": reservations, "ledger": ledger,
+    }  # fmt: skip
+    harness.save(save or harness.RESULTS / f"overhead-{status.device.kind.value}-{model}.json", result, status)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from typing import Any
 
 from conductor import __version__, requests
 from conductor.backend.catalog import Catalog
+from conductor.backend.device import cap_bytes
 from conductor.backend.engine import Engine
 from conductor.config import Config
 from conductor.core import actions, events
@@ -72,7 +73,7 @@ class GpuConductor:
         self._engine = await self._loop.run_in_executor(self._io_threads, Engine, self.config)
         self._catalog = Catalog(self.config)
         self._state = State(
-            cap_bytes=self._cap(),
+            cap_bytes=cap_bytes(self._engine.device, self.config.admission_percent),
             live_contexts=self.config.live_contexts,
             waitlist_limit=self.config.waitlist_limit,
             id_prefix=f"{secrets.token_hex(2)}-",
@@ -81,12 +82,6 @@ class GpuConductor:
         self._executive = Executive(
             self.config, self._state, self._engine, io_threads=self._io_threads, on_change=self._on_change
         )
-
-    def _cap(self) -> int:
-        """What may be booked, in whole MiB, so that Ray's accounting can say the same."""
-        device = self._engine.device
-        allowed = device.read().total_bytes * self.config.admission_percent // 100 - device.others_bytes
-        return max(0, allowed) // MIB * MIB
 
     def _book_overhead(self) -> None:
         overhead = self._engine.overhead_bytes

@@ -115,7 +115,8 @@ def up(config: ConfigOption = None, as_json: JsonOption = False) -> None:
             raise
         show(status, tables.status(status), as_json=as_json)
         if not as_json:
-            out.print(f"\nRay at [bold]{address or (running and running.address)}[/]. Next: [bold]conductor chat coder[/]; stop with [bold]conductor down[/].")
+            where = running.address if address is None and running else address
+            out.print(f"\nRay at [bold]{where}[/]. Next: [bold]conductor chat coder[/]; stop with [bold]conductor down[/].")
         ray.shutdown()
 
 

@@ -201,19 +201,20 @@ class _Demo:
               after.ledger == before and len(after.agents) == len(self._agents))  # fmt: skip
 
     def _window_too_large(self) -> int:
-        """A window just too large to fit beside those who are here: what a refusal says would fit, and a step more."""
-        window = MAX_WINDOW
-        for step in (256, 512, 1024, 2048, 4096):  # the refusal's figure is on the safe side
+        """A window that does not fit beside those who are here, though alone it would: found by asking, halving the interval."""
+        fits, never = 0, MAX_WINDOW
+        while never - fits > 256:
+            window = (fits + never) // 2
             try:
                 ray.get(self._conductor.register.remote("fourth", "coder", window=window))
             except AdmissionRefused as refused:
                 if refused.code is RefusalCode.CAP:
-                    break
-                window = (refused.refusal.largest_window or 0) + step
+                    return window
+                never = window
             else:
                 ray.get(self._conductor.unregister.remote("fourth"))
-                window += step
-        return window
+                fits = window
+        return never
 
     def _crew(self, request: str) -> None:
         out.print(Rule("a code crew: coder, then reviewer and documenter"))

@@ -12,12 +12,12 @@ from rich.text import Text
 
 from conductor import requests
 from conductor.backend.catalog import Catalog
-from conductor.backend.device import open_device
+from conductor.backend.device import cap_bytes, open_device
 from conductor.backend.estimator import Estimator
 from conductor.backend.llama import Llama
 from conductor.config import Config
 from conductor.types import DeviceKind, Record
-from conductor.units import MIB, format_bytes
+from conductor.units import format_bytes
 
 WINDOWS = (2048, 4096, 8192, 16384, 32768, 65536, 131072)
 
@@ -51,7 +51,7 @@ def estimate(config: Config, model: str, windows: Sequence[int]) -> Estimate:
     """For each window what an agent of `model` costs on this machine's device. Raises InvalidRequest, ModelError, ConfigError."""
     asked = [requests.window(window) for window in windows]
     device = open_device(config.device, llama_supports_gpu=Llama.instance().supports_gpu, used_bytes=lambda: 0)
-    cap = max(0, device.read().total_bytes * config.admission_percent // 100 - device.others_bytes) // MIB * MIB
+    cap = cap_bytes(device, config.admission_percent)
     plan = Catalog(config).plan(model, device.kind)
     own = config.window(plan.key, plan.geometry.trained_window)
     rows, weights = [], plan.weights_bytes

@@ -16,6 +16,7 @@ import pynvml
 from conductor.config import DeviceConfig
 from conductor.errors import ConfigError
 from conductor.types import DeviceKind
+from conductor.units import MIB
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +96,12 @@ def open_device(config: DeviceConfig, *, llama_supports_gpu: bool, used_bytes: C
     if config.kind == "cuda":
         raise ConfigError("configuration", "device.kind", f"cuda is forced, but {missing}")
     return HostDevice(config.limit or config.host_bytes, f"automatic: {missing}", used_bytes)
+
+
+def cap_bytes(device: Device, admission_percent: int) -> int:
+    """What may be booked: a share of the device, less what others hold, in whole MiB so that Ray can say the same."""
+    allowed = device.read().total_bytes * admission_percent // 100 - device.others_bytes
+    return max(0, allowed) // MIB * MIB
 
 
 def _why_no_gpu(llama_supports_gpu: bool, index: int) -> str | None:

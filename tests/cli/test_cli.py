@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 import signal
 import sys
 from collections.abc import Iterator
@@ -129,9 +128,13 @@ def assert_status_has_what_was_promised(status: Any) -> None:
 
 
 def test_a_chat_registers_its_agent_and_takes_it_along(service: Service) -> None:
-    talk = service.ok("chat", "coder", "--as", "eve", "--max-tokens", "200", stdin=f"{TASK}\n\n/reset\n{TASK}\n")
-    assert talk.startswith("eve on coder, 512 tokens")
-    assert talk.count("def add(a, b)") == 2
+    said = f"{TASK}\n\n{'too long ' * 1000}\n/reset\n{TASK}\n"
+    talk = service.conductor("chat", "coder", "--as", "eve", "--max-tokens", "200", stdin=said)
+    assert talk.returncode == 0
+    assert talk.stdout.startswith("eve on coder, 512 tokens")
+    assert talk.stdout.count("def add(a, b)") == 2
+    assert talk.stderr.startswith("error: window of 'eve' is 512 tokens")
+    assert talk.stderr.endswith("; /reset begins anew\n")
     assert service.json("list") == []
 
 
@@ -180,6 +183,20 @@ def test_bad_input_is_exit_code_2(service: Service, command: tuple[str, ...], me
     assert message in failed.stderr
 
 
+def test_whoever_ends_a_command_that_waits_for_room_waits_no_longer(service: Service) -> None:
+    whole_device = service.conductor("register", "ada", "coder", "--window", "100000", "--json")
+    window = json.loads(whole_device.stdout)["refusal"]["largest_window"]
+    service.ok("register", "ada", "coder", "--window", str(window))
+    with service.begin(CONDUCTOR, "register", "ghost", "reviewer", "--window", "4096", "--wait", "100") as ghost:
+        eventually(lambda: service.json("status")["waiting"] == 1, within_s=60)
+        ghost.send_signal(signal.SIGINT)
+        _, stderr = ghost.communicate(timeout=60)
+    assert (ghost.returncode, stderr) == (130, "")
+    assert service.json("status")["waiting"] == 0
+    service.ok("unregister", "ada")
+    assert service.json("list") == []
+
+
 def test_an_id_that_looks_like_markup_is_shown_as_it_is(service: Service) -> None:
     assert "[/red]x" in service.ok("register", "[/red]x", "coder")
     assert "[/red]x" in service.ok("status")
@@ -197,9 +214,8 @@ def test_another_path_to_a_file_is_the_same_model(service: Service) -> None:
 
 def test_env_lets_rays_own_tools_in_and_nobody_else(service: Service) -> None:
     ray_status = (sys.executable, "-m", "ray.scripts.scripts", "status")
-    exports = [line.removeprefix("export ") for line in service.ok("env").splitlines()]
-    names = dict(part.split("=", 1) for line in exports for part in shlex.split(line))
-    assert names.keys() == {"RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"}
+    names = service.exports()
+    assert names.keys() == {"RAY_ADDRESS", "CONDUCTOR_RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"}
     assert Path(names["RAY_AUTH_TOKEN_PATH"]).stat().st_mode & 0o777 == 0o600
     shown = service.run(*ray_status, **names)
     assert (shown.returncode, "vram_mib" in shown.stdout) == (0, True), shown.stderr
@@ -224,12 +240,20 @@ def test_up_that_is_interrupted_leaves_no_process(tmp_path: Path) -> None:
     assert not (shell.runtime / "service.json").exists()
 
 
-def test_down_works_when_the_configuration_is_gone(tmp_path: Path) -> None:
+def test_a_shell_that_took_up_env_can_go_down_and_up_again_and_down_without_the_configuration(tmp_path: Path) -> None:
     shell = Service(tmp_path)
-    shell.ok("up", "--config", str(shell.config))
+    shell.ok("up", CONDUCTOR_CONFIG=str(shell.config))
+    names = shell.exports()
+    assert shell.ok("down", **names) == "stopped\n"
+    again = shell.ok("up", "--config", str(shell.config), **names)
+    assert names["RAY_ADDRESS"] not in again
+    assert shell.ok("up", **names) == again
+    other = shell.conductor("up", "--config", str(ROOT / "configs" / "host.yaml"), **names)
+    assert (other.returncode, other.stdout) == (1, "")
+    assert other.stderr == f"error: a conductor is already running with {shell.config}; run `conductor down` first\n"
     shell.config.unlink()
     processes = family(shell.service_pid())
-    assert shell.ok("down") == "stopped\n"
+    assert shell.ok("down", **names) == "stopped\n"
     assert survivors([*processes, *shell.processes()]) == []
 
 

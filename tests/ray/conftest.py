@@ -25,7 +25,7 @@ def ray_session() -> Iterator[None]:
     ray.init(
         address="local",
         num_cpus=8,
-        num_gpus=0,
+        num_gpus=1,  # in Ray's books only: conductors of tests are on the host device
         namespace="test",
         include_dashboard=False,
         object_store_memory=80 << 20,

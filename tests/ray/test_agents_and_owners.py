@@ -19,7 +19,7 @@ from conductor import errors
 from conductor.errors import AdmissionRefused
 from conductor.types import Kind, MirrorState
 from conductor.units import MIB
-from tests.support.conducting import WITHIN_S, Conduct
+from tests.support.conducting import WITHIN_S, Conduct, Conductor
 from tests.support.eventually import eventually
 from tests.support.talk import ANOTHER, ENDLESS, SHIPPED, TASK
 from tests.support.tiny_gguf import write_tiny_gguf
@@ -77,6 +77,33 @@ def test_an_agent_asks_streams_and_remembers(conduct: Conduct) -> None:
     ray.get(agent.close.remote())
     assert conductor.is_empty()
     ray.kill(agent)
+
+
+def test_an_agent_goes_on_after_its_conductor_was_restarted(conduct: Conduct) -> None:
+    conductor = conduct(SHIPPED)
+    ada, bob = (actors.spawn_agent(name, "coder", conductor=conductor.handle) for name in ("ada", "bob"))
+    ray.get(ada.ask.remote(TASK))
+    restart(conductor)
+    answer = ray.get(ada.ask.remote(ANOTHER))
+    assert "def sub(a, b)" in answer.text
+    said = [message["content"] for message in ray.get(ada.messages.remote())]
+    assert (said[0], *said[2:]) == (TASK, ANOTHER, answer.text)
+    restart(conductor)
+    *chunks, result = [ray.get(item) for item in ada.stream.remote(TASK, fresh=True)]
+    assert "".join(chunk.text for chunk in chunks) == result.text == said[1]
+    ray.get([ada.close.remote(), bob.close.remote()])
+    assert conductor.is_empty()
+
+
+def restart(conductor: Conductor) -> None:
+    ray.kill(conductor.handle, no_restart=False)
+
+    def is_back() -> bool:
+        with contextlib.suppress(ray.exceptions.RayActorError):
+            return conductor.is_empty()
+        return False
+
+    eventually(is_back, within_s=30)
 
 
 def test_an_agent_that_is_asked_before_it_was_admitted_registers_once(conduct: Conduct) -> None:

@@ -17,13 +17,31 @@ from conductor import errors
 from conductor.backend.catalog import Catalog
 from conductor.backend.dry_run import DryRun
 from conductor.config import Config
-from conductor.errors import AdmissionRefused, RefusalCode
+from conductor.errors import AdmissionRefused, RefusalCode, ServiceFailed
 from conductor.types import Admission, Chunk, DecodeResult, DeviceKind, FinishReason, Kind, KvPlace, MirrorState
 from conductor.units import MIB
 from tests.support.conducting import Conduct, Conductor, config_of
 from tests.support.eventually import eventually
 from tests.support.talk import ENDLESS, SHIPPED, TASK
 from tests.support.tiny_gguf import write_tiny_gguf
+
+# --- starting ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_conductor_that_finds_every_gpu_taken_says_so_and_leaves_nothing(vram_resource: str, tmp_path: Path) -> None:
+    config = config_of(vram_resource, tmp_path, {}, device={"kind": "auto"})
+    holder = ray.remote(num_cpus=0, num_gpus=1)(Bystander).remote()
+    ray.get(holder.name.remote())
+    with pytest.raises(ServiceFailed, match="all GPUs of this Ray cluster are taken"):
+        actors.connect(config)
+    assert actors.find(config) is None
+    ray.kill(holder)
+
+
+class Bystander:
+    def name(self) -> str:
+        return "bystander"
+
 
 # --- calls ------------------------------------------------------------------------------------------------------------
 

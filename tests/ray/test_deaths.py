@@ -15,6 +15,7 @@ import ray
 
 from actors import _ray_private
 from actors.deaths import DeathWatch, Owner
+from conductor.errors import InvalidRequest
 from conductor.types import OwnerId
 from tests.support.eventually import eventually
 
@@ -35,9 +36,6 @@ class Watcher:
 
     async def watch(self, owner: Owner) -> None:
         self._watch.watch(owner)
-
-    async def forget(self, owner_id: OwnerId) -> None:
-        self._watch.forget(owner_id)
 
     async def reports(self) -> list[tuple[OwnerId, str]]:
         return self._reports
@@ -84,9 +82,6 @@ class Watch:
 
     def watch(self, owner: Owner) -> None:
         ray.get(self.actor.watch.remote(owner))
-
-    def forget(self, owner: Owner) -> None:
-        ray.get(self.actor.forget.remote(owner.worker_id))
 
     def reports(self, owner_id: OwnerId) -> list[str]:
         return [why for reported, why in ray.get(self.actor.reports.remote()) if reported == owner_id]
@@ -150,18 +145,10 @@ def test_a_dead_owner_watched_again_is_reported_again(noticing: Watch) -> None:
     eventually(lambda: len(noticing.reports(owner.worker_id)) == 2, WITHIN_S)
 
 
-def test_a_forgotten_owner_is_not_reported(noticing: Watch) -> None:
-    forgotten, watched = Agent.remote(), Agent.remote()
-    (first, first_pid), (second, second_pid) = ray.get([forgotten.owner.remote(), watched.owner.remote()])
-    noticing.watch(first)
-    noticing.watch(second)
-    noticing.forget(first)
-    noticing.forget(first)
-    os.kill(first_pid, signal.SIGKILL)
-    eventually(lambda: _ray_private.worker_death(first.worker_id), WITHIN_S)
-    os.kill(second_pid, signal.SIGKILL)
-    eventually(lambda: noticing.reports(second.worker_id), WITHIN_S)
-    assert noticing.reports(first.worker_id) == []
+@pytest.mark.parametrize("id", ["", "ada", "0" * 55, "g" * 56])
+def test_an_owner_whose_id_is_none_is_refused(id: str) -> None:
+    with pytest.raises(InvalidRequest, match="owner: "):
+        DeathWatch(lambda owner_id, why: None).watch(Owner(OwnerId(id), "0" * 56, None))
 
 
 def test_the_worker_of_a_killed_task_is_reported(watch: Watch, tmp_path: Any) -> None:

@@ -47,7 +47,12 @@ Conduct = Callable[..., Conductor]
 
 
 def config_of(resource: str, directory: Path, models: dict[str, Path], **options: Any) -> Config:
-    document = {
+    return parse_config(document_of(resource, directory, models, **options), source="test.yaml", directory=directory)
+
+
+def document_of(resource: str, directory: Path, models: dict[str, Path], **options: Any) -> dict[str, Any]:
+    """The configuration as it stands in a file."""
+    return {
         "device": {"kind": "host", "host_bytes": "64MiB"},
         "host_kv_budget": "8MiB",
         "threads": 1,
@@ -56,4 +61,3 @@ def config_of(resource: str, directory: Path, models: dict[str, Path], **options
         "ray": {"namespace": f"ns-{resource}", "name": f"conductor-{resource}", "resource": resource},
         **options,
     }
-    return parse_config(document, source="test.yaml", directory=directory)

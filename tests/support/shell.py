@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -46,14 +47,19 @@ class Shell:
     ) -> subprocess.CompletedProcess[str]:
         return self.run(CONDUCTOR, *arguments, stdin=stdin, cwd=cwd, **environment)
 
-    def ok(self, *arguments: str, stdin: str = "", cwd: Path = ROOT) -> str:
+    def ok(self, *arguments: str, stdin: str = "", cwd: Path = ROOT, **environment: str) -> str:
         """Standard output of a command that must succeed."""
-        result = self.conductor(*arguments, stdin=stdin, cwd=cwd)
+        result = self.conductor(*arguments, stdin=stdin, cwd=cwd, **environment)
         assert result.returncode == 0, result.stderr
         return result.stdout
 
     def json(self, *arguments: str) -> Any:
         return json.loads(self.ok(*arguments, "--json"))
+
+    def exports(self) -> dict[str, str]:
+        """What `eval "$(conductor env)"` adds to a shell's environment."""
+        lines = [line.removeprefix("export ") for line in self.ok("env").splitlines()]
+        return dict(part.split("=", 1) for line in lines for part in shlex.split(line))
 
     def service_pid(self) -> int:
         return int(json.loads((self.runtime / "service.json").read_text())["pid"])

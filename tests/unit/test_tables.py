@@ -33,6 +33,7 @@ from conductor.types import (
 )
 from conductor.units import MIB
 from pipelines import tables
+from pipelines.console import print_text
 
 #: Rich would colour the first, hide the second, and fail on the third and fourth.
 IDS = ("[red]x[/]", "[bold]", "[/x]", "[link=", "\\[x]", ":smile:")
@@ -96,6 +97,12 @@ def test_names_that_look_like_markup_are_shown_as_they_are() -> None:
     admitted, turn = shown(tables.admissions([ADMITTED]), 120), shown(tables.decodes([TURN]), 120)
     assert ("[/x]" in admitted, "[red]m[/]" in admitted) == (True, True)
     assert ("[/x]" in turn, "[red]" in turn) == (True, True)
+
+
+def test_a_models_text_is_shown_as_it_is_but_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    for text in ("x[:ok:] [bold]y\n", "\tif z:\x1b[2J\r\x9b1m\n", "long " * 100):
+        print_text(text)
+    assert capsys.readouterr().out == "x[:ok:] [bold]y\n" + "\tif z:[2J1m\n" + "long " * 100
 
 
 @pytest.mark.parametrize("width", [60, 120])

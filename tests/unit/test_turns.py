@@ -206,7 +206,9 @@ def test_the_first_in_line_gets_a_step_unless_what_it_needs_is_on_its_way(
 
 
 @given(moments())
-def test_at_most_one_context_is_closed_for_each_model_that_wants_in(moment: tuple[list[WaitingTurn], list[Occupant], int]) -> None:
+def test_at_most_one_context_is_closed_for_each_model_that_wants_in(
+    moment: tuple[list[WaitingTurn], list[Occupant], int],
+) -> None:
     waiting, places, live_contexts = moment
     model_of = {turn.id: turn.model_id for turn in waiting}
     steps = plan(waiting, places, live_contexts=live_contexts)
