@@ -1,6 +1,6 @@
 """What the conductor costs: one agent's decode through the Ray actor against the bare llama.cpp loop, and a ledger decision.
 
-    python benchmarks/overhead.py [--model coder] [--repeats 9] [--save FILE]
+    python benchmarks/overhead.py [--model coder] [--repeats 25] [--save FILE]
 
 Both sides decode the same prompt greedily to the same number of tokens with the same parameters, in turns, in one run.
 The actor's side is timed where its caller is, its first token by a turn of one token. Ratios are medians of the rounds'
@@ -103,15 +103,18 @@ def decode_sides(conductor: Any, bare: BareLoop, max_tokens: int) -> dict[str, C
 
     def limit() -> dict[str, float]:
         text = prompt(next(numbers["bare"]))
+        _settle()
         expected[text], first, elapsed = bare.generate(text, max_tokens)
         return _figures(len(expected[text]), first, elapsed)
 
     def actor() -> dict[str, float]:
         text = prompt(next(numbers["actor"]))
+        _settle()
         began = time.perf_counter()
         ray.get(conductor.decode.remote("bench", text, max_tokens=1, reset=True))
         first = time.perf_counter() - began
         ray.get(conductor.decode.remote("bench", "x", max_tokens=1, reset=True))  # the next call is to read its prompt itself
+        _settle()
         began = time.perf_counter()
         result = ray.get(conductor.decode.remote("bench", text, max_tokens=max_tokens, reset=True))
         elapsed = time.perf_counter() - began
@@ -125,6 +128,11 @@ def decode_sides(conductor: Any, bare: BareLoop, max_tokens: int) -> dict[str, C
         return {"ms": (time.perf_counter() - began) * 1000}
 
     return {"bare loop": limit, "actor": actor, "empty call": empty_call}
+
+
+def _settle() -> None:
+    """Let the other side's threads go to sleep: llama.cpp's spin for some ms after their last step, on the same cores."""
+    time.sleep(0.05)
 
 
 def _figures(tokens: int, first: float, elapsed: float, own_first: float | None = None) -> dict[str, float]:
@@ -179,7 +187,7 @@ def main(
     config: Annotated[Path | None, typer.Option("--config", "-c", help="Configuration of the conductor.")] = None,
     model: Annotated[str, typer.Option(help="A key of the configuration.")] = "coder",
     max_tokens: Annotated[int, typer.Option(help="Tokens of each turn.")] = 400,
-    repeats: Annotated[int, typer.Option(help="Counted rounds.")] = 9,
+    repeats: Annotated[int, typer.Option(help="Counted rounds.")] = 25,
     reservations: Annotated[int, typer.Option(help="Size of the ledger.")] = 1000,
     save: Annotated[Path | None, typer.Option(help="Where the JSON goes (default: benchmarks/results).")] = None,
 ) -> None:

@@ -193,8 +193,10 @@ class Model:
                 return buffer.raw[:count]
             room = -count
 
-    def is_end(self, token: int) -> bool:
-        return bool(ll.llama_vocab_is_eog(self._vocab, token))
+    @functools.cached_property
+    def end_tokens(self) -> frozenset[int]:
+        """The tokens that end a turn."""
+        return frozenset(token for token in range(self.n_vocab) if ll.llama_vocab_is_eog(self._vocab, token))
 
     @functools.cached_property
     def chat_template(self) -> str | None:

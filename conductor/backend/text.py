@@ -17,17 +17,17 @@ class TextAssembler:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._stop = tuple(stop)
         self._ready: list[str] = []
+        #: bytes that nobody needs as text yet: without stop strings they are decoded when somebody looks
+        self._raw: list[bytes] = []
         self._held = self._decoder.decode(partial)
         self.stopped = False
 
     def add(self, piece: bytes) -> bool:
         """Take in one token's bytes; True if a stop string is complete now."""
-        text = self._decoder.decode(piece)
         if not self._stop:
-            if text:
-                self._ready.append(text)
+            self._raw.append(piece)
             return False
-        self._held += text
+        self._held += self._decoder.decode(piece)
         found = [at for stop in self._stop if (at := self._held.find(stop)) >= 0]
         if found:
             self._release(min(found))
@@ -38,15 +38,22 @@ class TextAssembler:
 
     def take(self) -> str:
         """The text that became ready since the last call."""
+        self._decode_raw()
         text = "".join(self._ready)
         self._ready.clear()
         return text
 
     def finish(self) -> bytes:
         """Release what waited for a stop string that did not come; returns the bytes of an unfinished character."""
+        self._decode_raw()
         if not self.stopped:
             self._release(len(self._held))
         return self._decoder.getstate()[0]
+
+    def _decode_raw(self) -> None:
+        if self._raw:
+            self._ready.append(self._decoder.decode(b"".join(self._raw)))
+            self._raw.clear()
 
     def _release(self, count: int) -> None:
         if count:

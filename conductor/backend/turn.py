@@ -126,15 +126,16 @@ def _drop(context: Context, conversation: Conversation, first: int, count: int) 
 
 
 class _Generation:
-    """The loop of a turn: sample, keep, show, decode."""
+    """The loop of a turn: sample, keep, show, decode. A tiny model goes round it thousands of times a second."""
 
     def __init__(self, context: Context, conversation: Conversation, order: TurnOrder, assembler: TextAssembler) -> None:
         self._context, self._conversation, self._order, self._assembler = context, conversation, order, assembler
+        self._ends = context.model.end_tokens
         self.made: list[int] = []
         self.text: list[str] = []
         self.first_token_at = 0.0
         self._next_chunk_at = 0.0
-        self._parts_shown = self._tokens_shown = 0
+        self._tokens_shown = 0
 
     def run(self, sampler: Sampler) -> FinishReason:
         conversation, context, order = self._conversation, self._context, self._order
@@ -156,16 +157,17 @@ class _Generation:
                 context.feed(conversation.tokens[conversation.cached :])
             conversation.cached = len(conversation.tokens)
         conversation.partial = self._assembler.finish()
-        self._show(final=True)
+        self._show(time.monotonic())
         return reason
 
     def _take(self, token: int) -> FinishReason | None:
         """Turn the token into text; the reason if it was the last one."""
-        model, order = self._context.model, self._order
-        if model.is_end(token):
+        order = self._order
+        if token in self._ends:
             return FinishReason.EOS
-        stopped = self._assembler.add(model.piece(token))
-        self._show(final=False)
+        stopped = self._assembler.add(self._context.model.piece(token))
+        if order.emit is not None and (now := time.monotonic()) >= self._next_chunk_at:
+            self._show(now)
         if stopped:
             return FinishReason.STOP
         if len(self.made) >= order.request.max_tokens:
@@ -174,19 +176,12 @@ class _Generation:
             return FinishReason.WINDOW
         return FinishReason.CANCELLED if order.stopped() else None
 
-    def _show(self, *, final: bool) -> None:
+    def _show(self, now: float) -> None:
         """Hand on what became text: at once the first time, later by time, so that nobody gets a message for each token."""
         text = self._assembler.take()
-        if text:
-            self.text.append(text)
-        emit = self._order.emit
-        if emit is None:
+        if not text:
             return
-        now = time.monotonic()
-        if not final and now < self._next_chunk_at:
-            return
-        shown = "".join(self.text[self._parts_shown :])
-        self._parts_shown = len(self.text)
-        if shown:
-            emit(Chunk(shown, len(self.made) - self._tokens_shown))
+        self.text.append(text)
+        if self._order.emit is not None:
+            self._order.emit(Chunk(text, len(self.made) - self._tokens_shown))
             self._tokens_shown, self._next_chunk_at = len(self.made), now + self._order.chunk_interval_s

@@ -45,9 +45,9 @@ def export(**environment: str) -> None:
 
 def test_an_address_that_the_user_gave_is_the_users(runtime: Path) -> None:
     assert service.users_address() is None
-    export(RAY_ADDRESS="10.0.0.1:6379", CONDUCTOR_RAY_ADDRESS=OURS, RAY_AUTH_TOKEN_PATH="/home/ada/token")
+    export(RAY_ADDRESS="10.0.0.1:6379", CONDUCTOR_RAY_ADDRESS=OURS, RAY_AUTH_TOKEN_PATH="/elsewhere/token")
     assert service.users_address() == "10.0.0.1:6379"
-    assert (os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN_PATH"]) == ("disabled", "/home/ada/token")
+    assert (os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN_PATH"]) == ("disabled", "/elsewhere/token")
 
 
 def test_what_env_exported_is_forgotten_when_its_service_is_gone(runtime: Path) -> None:
