@@ -111,3 +111,8 @@ def test_no_file_names_a_package_registry_or_a_path_of_somebodys_machine() -> No
 def test_every_python_file_can_be_read_in_one_sitting() -> None:
     lengths = {path: len(path.read_text("utf-8").splitlines()) for path in tracked_files() if path.suffix == ".py"}
     assert {str(path.relative_to(ROOT)): lines for path, lines in lengths.items() if lines >= MAX_LINES} == {}
+
+
+def test_no_text_holds_a_gap_to_be_filled() -> None:
+    gaps = [path.name for path in tracked_files() if path.suffix == ".md" and "@@" in path.read_text("utf-8")]
+    assert gaps == []
