@@ -103,7 +103,7 @@ def _create(config: Config) -> tuple[Any, bool]:
 def _gpus(config: Config) -> int:
     """One GPU where the cluster has any and the configuration may use it; asking for one elsewhere would wait forever.
 
-    None if the configuration names another than the first: the choice is ours then, and Ray, which gives away a GPU of its
+    Zero if the configuration names another than the first: the choice is ours then, and Ray, which gives away a GPU of its
     own choice and hides the others (CUDA_VISIBLE_DEVICES), would hide the one named.
     """
     may_use_one = config.device.kind != "host" and config.device.index == 0

@@ -24,14 +24,6 @@ class Conversation:
     partial: bytes = b""
 
 
-@dataclass(frozen=True, slots=True)
-class Target:
-    """What the model is to continue. Its first `old` tokens are history: a context shift may drop of them."""
-
-    tokens: list[int]
-    old: int
-
-
 class Prompter:
     """Turns requests into the tokens that a model is to continue. One for each model."""
 
@@ -39,21 +31,26 @@ class Prompter:
         self._model = model
         self._template: ChatTemplate | None = None
 
-    def target(self, conversation: Conversation, request: DecodeRequest) -> Target:
+    def target(self, conversation: Conversation, request: DecodeRequest) -> list[int]:
         """The conversation as it is to stand before the answer. Raises InvalidRequest, ChatTemplateFailed."""
         held = [] if request.reset else conversation.tokens
         if request.messages is not None:
-            tokens = self._chat(request.messages)
-            newest = self._model.tokenize(request.messages[-1].content, add_special=False, parse_special=False)
-            return Target(tokens, max(0, len(tokens) - len(newest)))
+            return self._chat(request.messages)
         if request.prompt is None:
             if not held:
                 raise InvalidRequest("prompt", "there is no conversation to continue: give a prompt or messages")
-            return Target(list(held), len(held))
+            return list(held)
         added = self._model.tokenize(request.prompt, add_special=not held, parse_special=True)
         if not held and not added:
             raise InvalidRequest("prompt", "it is empty, and so is the conversation")
-        return Target(held + added, len(held))
+        return held + added
+
+    def history(self, conversation: Conversation, request: DecodeRequest, target: Sequence[int]) -> int:
+        """How many tokens of the target, from its start, are not new with this request: a context shift may drop of them."""
+        if request.messages is not None:
+            newest = self._model.tokenize(request.messages[-1].content, add_special=False, parse_special=False)
+            return max(0, len(target) - len(newest))
+        return 0 if request.reset else len(conversation.tokens)
 
     def _chat(self, messages: Sequence[Message]) -> list[int]:
         pieces = self._compiled().render(messages)

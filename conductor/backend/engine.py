@@ -92,10 +92,10 @@ class Engine:
     def host_memory(self) -> HostMemoryStatus:
         return HostMemoryStatus(self._store.budget_bytes, self._store.used_bytes, self._store.pinned)
 
-    # --- models -----------------------------------------------------------------------------------------------------
-
     def close(self) -> None:
         self.estimator.close()
+
+    # --- models -----------------------------------------------------------------------------------------------------
 
     def load(self, plan: ModelPlan) -> int:
         """Load the weights; returns what they really take. Raises ModelLoadFailed."""

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from conductor.backend.conversation import Conversation, Prompter, Target, common_prefix
+from conductor.backend.conversation import Conversation, Prompter, common_prefix
 from conductor.backend.llama import Context, Sampler
 from conductor.backend.text import TextAssembler
 from conductor.errors import TurnCancelled, WindowFull
@@ -46,7 +46,7 @@ class TurnOrder:
 def run_turn(context: Context, conversation: Conversation, prompter: Prompter, order: TurnOrder) -> TurnOutcome:
     """Carry out a turn. Raises InvalidRequest, ChatTemplateFailed, WindowFull, TurnCancelled, llama.LlamaError."""
     before = list(conversation.tokens)
-    target = _fit_window(context, conversation, prompter.target(conversation, order.request), order)
+    target = _fit_window(context, conversation, prompter, order)
     known = common_prefix(conversation.tokens, target)
     continues = order.request.prompt is None and order.request.messages is None
     partial = conversation.partial if continues else b""
@@ -77,14 +77,14 @@ def run_turn(context: Context, conversation: Conversation, prompter: Prompter, o
     )
 
 
-def _fit_window(context: Context, conversation: Conversation, target: Target, order: TurnOrder) -> list[int]:
+def _fit_window(context: Context, conversation: Conversation, prompter: Prompter, order: TurnOrder) -> list[int]:
     """The target, if it and one token more fit the window; with a context shift, less what had to be dropped of its history."""
-    tokens = target.tokens
+    tokens = prompter.target(conversation, order.request)
     excess = len(tokens) + 1 - order.window
     if excess <= 0:
         return tokens
     first, held = _first_to_drop(context), common_prefix(conversation.tokens, tokens)
-    droppable = target.old - first
+    droppable = prompter.history(conversation, order.request, tokens) - first
     if not order.context_shift or excess > droppable:
         raise WindowFull(order.agent_id, order.window, held, len(tokens) - held)
     drop = max(excess, droppable // 2)

@@ -33,7 +33,7 @@ def loaded(path: Path) -> Iterator[Model]:
 
 def tokens_of_chat(model: Model, *messages: dict[str, str]) -> list[int]:
     request = DecodeRequest(messages=tuple(Message(m["role"], m["content"]) for m in messages))
-    return Prompter(model).target(Conversation(), request).tokens
+    return Prompter(model).target(Conversation(), request)
 
 
 @pytest.mark.parametrize("name", SHIPPED)
