@@ -13,6 +13,9 @@
     │   ├── ModelLoadFailed
     │   └── ChatTemplateFailed
     ├── WindowFull             the turn does not fit the agent's window; the session is as it was
+    ├── WindowRefused          the window cannot grow now: no room; the session is as it was before the turn
+    ├── TurnTimedOut           the turn waited `wait_s` in vain; the session is as it was
+    ├── TurnQueueFull          too many turns wait already
     ├── TurnCancelled          the agent left, or the turn was ended, before a result existed
     ├── DecodeFailed           llama.cpp gave up; the session keeps its tokens
     ├── UnknownReservation     released twice, or never made
@@ -31,7 +34,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from conductor.types import AgentId, ModelKey, Record, Reservation, ReservationId
+from conductor.types import AgentId, ModelKey, Record, Reservation, ReservationId, ServiceClass
 from conductor.units import format_bytes
 
 
@@ -78,6 +81,7 @@ class RefusalCode(str, enum.Enum):
     NEVER = "NEVER"  #: not on this device, even alone
     QUEUE_FULL = "QUEUE_FULL"  #: too many wait already
     TIMEOUT = "TIMEOUT"  #: waited `wait_s` in vain
+    DRIFT = "DRIFT"  #: not now: strangers took memory that is booked here
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +95,9 @@ class Refusal(Record):
     holders: tuple[Reservation, ...]
     largest_window: int | None  #: a window of the same model that would fit now, close to the longest; None if none would
     waiting_ahead: int = 0  #: registrations that wait for room and must not be overtaken
+    evictable_bytes: int = 0  #: booked, and given back if all that is idle went to host memory
+    fitting_class: ServiceClass | None = None  #: a weaker service class that would be admitted now
+    retry_after_s: float | None = None  #: when something may have changed; None: when somebody leaves
 
     @property
     def free_bytes(self) -> int:
@@ -134,9 +141,14 @@ def _advice(refusal: Refusal) -> str:
         return "Too many registrations wait already; try again later."
     if refusal.waiting_ahead:
         return f"{refusal.waiting_ahead} registrations wait for room before it; wait behind them with wait_s=SECONDS."
-    smaller = f"A window of {refusal.largest_window} tokens would fit now" if refusal.largest_window else ""
+    fits = [f"a window of {refusal.largest_window} tokens"] if refusal.largest_window else []
+    fits += [f"the service class {refusal.fitting_class.value}"] if refusal.fitting_class else []
+    smaller = f"{' or '.join(fits)} would fit now" if fits else ""
+    smaller = smaller[:1].upper() + smaller[1:]
     if refusal.code is RefusalCode.NEVER:
         return f"This device cannot hold it even when empty. {smaller + '.' if smaller else 'Choose a smaller model.'}"
+    if refusal.code is RefusalCode.DRIFT:
+        return "Other programs took memory of this device that is booked here; end them, or wait with wait_s=SECONDS."
     return f"{smaller + ', or u' if smaller else 'U'}nregister an agent, or wait with wait_s=SECONDS."
 
 
@@ -202,6 +214,55 @@ class WindowFull(ConductorError):
             f"window of {self.agent_id!r} is {self.window} tokens, holds {self.held_tokens}; the prompt adds {self.new_tokens} "
             "(one must stay free to answer): shorten it, pass reset=True, register a larger window, or allow context_shift"
         )
+
+
+class WindowRefused(ConductorError):
+    """The conversation needs a larger context than there is room for. The session is as it was before the turn.
+
+    `text`: what the turn had made when it had to stop; the same turn makes it again when there is room.
+    """
+
+    @property
+    def retryable(self) -> bool:  # type: ignore[override]
+        return self.refusal.code is not RefusalCode.NEVER
+
+    def __init__(self, agent_id: AgentId, window: int, needed_tokens: int, refusal: Refusal, text: str = "") -> None:
+        super().__init__(agent_id, window, needed_tokens, refusal, text)
+        self.agent_id, self.window, self.needed_tokens = agent_id, window, needed_tokens
+        self.refusal, self.text = refusal, text
+
+    def __str__(self) -> str:
+        r, never = self.refusal, self.refusal.code is RefusalCode.NEVER
+        way_out = "" if never else "unregister an agent, wait longer with wait_s=SECONDS, or "
+        return (
+            f"the window of {self.agent_id!r} cannot grow from {self.window} to {self.needed_tokens} tokens "
+            f"{'on this device, even alone' if never else 'now'}: {format_bytes(r.requested_bytes)} asked for, "
+            f"{format_bytes(r.free_bytes)} free. The conversation is as it was; {way_out}pass reset=True"
+        )
+
+
+class TurnTimedOut(ConductorError):
+    """The turn was not begun. `reason`: what it waited for."""
+
+    retryable = True
+
+    def __init__(self, agent_id: AgentId, waited_s: float, reason: str) -> None:
+        super().__init__(agent_id, waited_s, reason)
+        self.agent_id, self.waited_s, self.reason = agent_id, waited_s, reason
+
+    def __str__(self) -> str:
+        return f"the turn of {self.agent_id!r} waited {self.waited_s:.1f} s: {self.reason}"
+
+
+class TurnQueueFull(ConductorError):
+    retryable = True
+
+    def __init__(self, agent_id: AgentId, waiting: int) -> None:
+        super().__init__(agent_id, waiting)
+        self.agent_id, self.waiting = agent_id, waiting
+
+    def __str__(self) -> str:
+        return f"{self.waiting} turns wait already, so that of {self.agent_id!r} is not taken in; try again later"
 
 
 class TurnCancelled(ConductorError):

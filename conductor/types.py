@@ -69,7 +69,16 @@ class Kind(str, enum.Enum):
     CONTEXT = "context"  #: KV cache and compute buffers of a live context
     HEADROOM = "headroom"  #: promised to the registered agents' turns, used by no context at this moment
     OVERHEAD = "overhead"  #: what the process itself holds on the device (CUDA context, libraries)
+    KV = "kv"  #: saved KV, in the ledgers of host memory and of the disk
     EXTERNAL = "external"  #: booked by other tasks of the node through `reserve`
+
+
+class ServiceClass(str, enum.Enum):
+    """What an agent is promised when it is admitted."""
+
+    GUARANTEED = "guaranteed"  #: weights and the full window stay on the device; never swapped
+    SHARED = "shared"  #: weights stay on the device; the KV is there while decoding, in host memory otherwise
+    BEST_EFFORT = "best_effort"  #: a turn: its model's weights may leave the device too while it is idle
 
 
 class KvPlace(str, enum.Enum):
@@ -77,10 +86,12 @@ class KvPlace(str, enum.Enum):
 
     SLOT = "slot"  #: in a live context on the device
     HOST = "host"  #: saved to host memory
+    DISK = "disk"  #: saved to a file
     TOKENS = "tokens"  #: nowhere: recomputed from the tokens on the next turn (also: nothing computed yet)
 
 
 class ModelState(str, enum.Enum):
+    PARKED = "parked"  #: known and used, its weights not on the device (not yet, or not now)
     LOADING = "loading"
     RESIDENT = "resident"
     UNLOADING = "unloading"
@@ -105,6 +116,7 @@ class ContextSpec(Record):
     """The parameters of a `llama_context` that decide its size, and so an agent's price."""
 
     window: int  #: tokens of one sequence
+    slots: int = 1  #: sequences, each with a window of its own
     n_batch: int = 512
     n_ubatch: int = 512
     kv_type: str = "f16"
@@ -145,9 +157,11 @@ class Admission(Record):
     agent_id: AgentId
     model: ModelKey
     window: int
+    service_class: ServiceClass
     priority: int
     weights_bytes: int  #: of the model, booked once however many agents use it
-    context_bytes: int  #: KV and compute of this agent's window while it is live
+    first_window: int  #: tokens that its context begins with; it grows with the conversation, up to `window`
+    context_bytes: int  #: KV and compute of the context that it begins with, while it is live
     charged_bytes: int  #: what this admission added to the ledger
     model_loaded: bool  #: True if this admission loaded the weights
     waited_s: float
@@ -181,6 +195,7 @@ class DecodeResult(Record):
     kv_swap_evicted: AgentId | None  #: whose KV had to leave for this turn
     kv_swap_restored: bool  #: this agent's KV came back from host memory
     swap_bytes: int  #: moved both ways for this turn
+    window_growths: int  #: how often its context was made anew, larger, during this turn
     recomputed_tokens: int  #: decoded again because their KV was nowhere
 
 
@@ -194,11 +209,14 @@ class Reservation(Record):
 
 @dataclass(frozen=True, slots=True)
 class DeviceStatus(Record):
+    """The last reading of the device."""
+
     name: str
     kind: DeviceKind
     total_bytes: int
     free_bytes: int
-    others_bytes: int  #: held by the driver and by strangers when the conductor started
+    others_bytes: int  #: held by the driver and by strangers
+    drift_bytes: int  #: what is booked beyond what may be booked now, because strangers took it
     chosen: str  #: why this device: automatic, forced, or what was missing
 
 
@@ -210,26 +228,57 @@ class LedgerStatus(Record):
 
 
 @dataclass(frozen=True, slots=True)
+class LedgerEntry(Record):
+    """A line of the ledger's log: what was booked after something happened."""
+
+    at_s: float  #: since the conductor's start
+    cause: str  #: what happened
+    max_bytes: int
+    allocated_bytes: int
+    overdrawn_bytes: int  #: booked beyond the cap because strangers came and the cap fell; never by a booking
+
+
+@dataclass(frozen=True, slots=True)
 class ModelStatus(Record):
     key: ModelKey
     path: str
     state: ModelState
     agents: int
-    bytes: int
+    bytes: int  #: booked for its weights; 0 while parked
+    estimated_bytes: int  #: what its weights were expected to take
+    estimate_error: float | None  #: (measured - estimated) / estimated at the last load; None before the first
 
 
 @dataclass(frozen=True, slots=True)
 class AgentStatus(Record):
     id: AgentId
     model: ModelKey
-    window: int
+    service_class: ServiceClass
+    window: int  #: that it was admitted for
+    window_in_use: int  #: of its context: live, or the next time it is
     tokens: int
     kv: KvPlace
     priority: int
-    context_bytes: int
-    host_bytes: int
+    context_bytes: int  #: of the window in use
+    saved_bytes: int  #: of its KV, in host memory or on disk
     busy: bool
     turns: int
+    idle_s: float  #: since its last turn ended, or it was admitted; 0 while one waits or runs
+
+
+@dataclass(frozen=True, slots=True)
+class WaitingStatus(Record):
+    """Somebody in a queue: a registration that waits for room, or a turn that waits for its place."""
+
+    what: str  #: register or turn
+    agent_id: AgentId
+    model: ModelKey
+    position: int  #: 0 is first
+    reason: str
+    priority: int
+    waited_s: float
+    expires_in_s: float | None  #: None: it waits for as long as it takes
+    requested_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,6 +300,11 @@ class HostMemoryStatus(Record):
     budget_bytes: int
     used_bytes: int
     pinned: bool
+    disk_budget_bytes: int = 0
+    disk_used_bytes: int = 0
+    moved_to_disk: int = 0  #: caches since the start
+    dropped: int = 0  #: caches that found no place, or were not worth one: recomputed from the tokens
+    damaged: int = 0  #: caches that failed their check: recomputed from the tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,7 +315,7 @@ class Status(Record):
     live_contexts: int
     models: tuple[ModelStatus, ...]
     agents: tuple[AgentStatus, ...]
-    waiting: int
+    waiting: tuple[WaitingStatus, ...]
     host_memory: HostMemoryStatus
     mirror: MirrorStatus
     llama_cpp: str

@@ -8,7 +8,7 @@ from typing import TypeAlias
 from conductor.core.estimate import ModelPlan
 from conductor.core.events import AgentSpec, RequestId, TurnId
 from conductor.errors import ConductorError
-from conductor.types import AgentId, ContextSpec, ModelId, ReservationId
+from conductor.types import AgentId, ContextSpec, KvPlace, ModelId, ReservationId
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,19 +50,37 @@ class OpenContext:
 
 @dataclass(frozen=True, slots=True)
 class CloseContext:
-    """Free the agent's context, its KV saved to host memory first if `save`."""
+    """Free the agent's context, its KV saved first if `to` is HOST or DISK; TOKENS drops it."""
 
     agent_id: AgentId
-    save: bool
+    to: KvPlace
+
+
+@dataclass(frozen=True, slots=True)
+class MoveKv:
+    """Move an agent's saved KV from host memory to disk; KvMoved tells how it went."""
+
+    agent_id: AgentId
+
+
+@dataclass(frozen=True, slots=True)
+class DropKv:
+    """Forget an agent's saved KV, at once: it will be recomputed from the tokens."""
+
+    agent_id: AgentId
 
 
 @dataclass(frozen=True, slots=True)
 class RunTurn:
+    """Begin the turn, or go on with it after it outgrew its context."""
+
     turn_id: TurnId
     agent_id: AgentId
+    room: int  #: tokens that the live context holds
     evicted: AgentId | None
     restored: bool
     swap_bytes: int
+    growths: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +94,13 @@ class StopTurn:
 class FailTurn:
     turn_id: TurnId
     error: ConductorError
+
+
+@dataclass(frozen=True, slots=True)
+class DropTurn:
+    """A turn that had stopped for want of room goes on no more, at once: the session is as it was before the turn."""
+
+    agent_id: AgentId
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +134,7 @@ class FailRequest:
 
 
 Action: TypeAlias = (
-    LoadModel | UnloadModel | Admit | Refuse | OpenContext | CloseContext | RunTurn | StopTurn | FailTurn | Forget
+    LoadModel | UnloadModel | Admit | Refuse | OpenContext | CloseContext | MoveKv | DropKv | RunTurn | StopTurn
+    | FailTurn | DropTurn | Forget
     | AnswerUnregister | AnswerReserve | AnswerRelease | FailRequest
 )  # fmt: skip

@@ -1,50 +1,81 @@
 """The ledger and the promise together: what admissions cost, and that the promise stays booked.
 
-The promise to all agents' turns (`admission.promise_bytes`) is one reservation of headroom. A live context takes its
-bytes out of it and returns them, so a switch can never be refused; agents who come, go or are measured resize it.
+Three kinds of lines. What is *fixed*: the process's overhead. What is *firm*: weights that stay, guaranteed windows,
+other tasks' bytes. And one *room for turns*: a reservation of headroom that live contexts, and the weights of models
+that only best-effort agents use, take their bytes out of and return them to. It is never smaller than the promise
+(`admission.promise`), so a turn can always be had by waiting for others to end; while memory is free it may be larger,
+so that more than one context is live, and what is idle in it is given back as soon as somebody needs it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 from conductor.core import admission
-from conductor.core.admission import Decision, Outcome
-from conductor.core.estimate import context_bytes
-from conductor.core.events import AgentSpec
+from conductor.core.admission import Decision, Promise, Room, Tenant
+from conductor.core.estimate import ModelPlan
+from conductor.core.events import AgentSpec, Rung
 from conductor.core.ledger import Ledger, OverCap
-from conductor.core.sessions import Agent, LiveContext
-from conductor.errors import AdmissionRefused, InternalError, Refusal, RefusalCode
-from conductor.types import AgentId, ContextSpec, Kind, ModelId, OwnerId, ReservationId
+from conductor.core.residency import Model
+from conductor.core.sessions import Agent, LiveContext, Phase
+from conductor.errors import InternalError
+from conductor.types import AgentId, ContextSpec, Kind, ModelId, ModelState, OwnerId, ReservationId, ServiceClass
 
 
 class Books:
-    """Who is in is the caller's knowledge (`agents`, shared and read only); what it costs is decided here."""
+    """Who is in is the caller's knowledge (`agents`, `models`: shared and read only); what it costs is decided here."""
 
-    def __init__(self, ledger: Ledger, agents: Mapping[AgentId, Agent], *, live_contexts: int) -> None:
+    def __init__(self, ledger: Ledger, agents: Mapping[AgentId, Agent], models: Mapping[ModelId, Model]) -> None:
         self.ledger = ledger
-        self.live_contexts = live_contexts
-        self._agents = agents
+        self._agents, self._models = agents, models
         self._headroom = ledger.reserve("conductor", Kind.HEADROOM, 0)
         self._overhead: list[ReservationId] = []
+        self.best_cap_bytes = ledger.cap_bytes
+        self._promised: Promise | None = None
+        #: the most that can be held at all, whatever may be booked
+        self.physical_bytes = ledger.cap_bytes
         #: what contexts really took, by model and parameters; replaces the estimate from then on
         self._measured: dict[tuple[ModelId, ContextSpec], int] = {}
         #: other tasks' reservations, and the process that each dies with
         self.external: dict[ReservationId, OwnerId | None] = {}
 
-    # --- prices -----------------------------------------------------------------------------------------------------
+    # --- prices and the promise ---------------------------------------------------------------------------------------
 
-    def price(self, spec: AgentSpec) -> int:
-        """What a newcomer's context takes while it is live: measured if one like it ever was, else estimated."""
-        return self._measured.get((spec.model.id, spec.context), spec.context_bytes)
+    def ladder(self, spec: AgentSpec) -> list[Rung]:
+        """The sizes of a newcomer's context at what they cost: measured where one like it ever was, else estimated."""
+        return [Rung(r.window, self._price(spec, r)) for r in spec.ladder]
 
-    def promise(self) -> int:
-        """Bytes promised to the agents."""
-        return admission.promise_bytes(self._largest_contexts(), live_contexts=self.live_contexts)
+    def _price(self, spec: AgentSpec, rung: Rung) -> int:
+        context = replace(spec.context, window=rung.window)
+        return self._measured.get((spec.model.id, context), rung.context_bytes)
 
-    def _largest_contexts(self) -> dict[ModelId, int]:
-        return admission.largest_contexts((agent.model_id, agent.context_bytes) for agent in self._agents.values())
+    def weights_bytes(self, plan: ModelPlan) -> int:
+        """As booked, else as measured the last time, else as estimated."""
+        model = self._models.get(plan.id)
+        if model is not None and model.reservation is not None:
+            return self.ledger.size(model.reservation)
+        return plan.weights_bytes if model is None or model.measured_bytes is None else model.measured_bytes
+
+    def promise(self) -> Promise:
+        """What the agents were promised. Kept until `_forget_promise`: a turn among a thousand agents asks for it often."""
+        if self._promised is None:
+            self._promised = self._promise_anew()
+        return self._promised
+
+    def _promise_anew(self) -> Promise:
+        weights = {id: self.weights_bytes(model.plan) for id, model in self._models.items()}
+        return admission.promise(agent.tenant(weights[agent.model_id]) for agent in self._agents.values())
+
+    def _forget_promise(self) -> None:
+        """An agent came or went, its window in use changed, or what something costs."""
+        self._promised = None
+
+    def _newcomer(self, spec: AgentSpec) -> Tenant:
+        ladder = spec.ladder[-1:] if spec.service_class is ServiceClass.GUARANTEED else spec.ladder[:1]
+        return Tenant(spec.service_class, spec.model.id, self.weights_bytes(spec.model), self._price(spec, ladder[0]))
+
+    # --- the device ---------------------------------------------------------------------------------------------------
 
     def book_overhead(self, holder: str, bytes: int) -> None:
         """Book what the process itself holds on the device, for as long as it lives. Raises OverCap."""
@@ -54,99 +85,272 @@ class Books:
     def overhead_bytes(self) -> int:
         return sum(map(self.ledger.size, self._overhead))
 
-    # --- admission --------------------------------------------------------------------------------------------------
+    def read_device(self, cap_bytes: int, physical_bytes: int) -> None:
+        self.physical_bytes = physical_bytes
+        self.ledger.set_cap(cap_bytes)
+        self.best_cap_bytes = max(self.best_cap_bytes, cap_bytes)
+        self.keep_promise()
 
-    def decide(self, spec: AgentSpec, *, weights_are_booked: bool) -> Decision:
-        price, largest = self.price(spec), self._largest_contexts()
-        promised = admission.promise_bytes(largest, live_contexts=self.live_contexts)
-        largest[spec.model.id] = max(price, largest.get(spec.model.id, 0))
-        return admission.decide(
+    @property
+    def drifts(self) -> bool:
+        """Whether strangers hold more than they did at the start."""
+        return self.ledger.cap_bytes < self.best_cap_bytes
+
+    def room(self) -> Room:
+        return Room(
             cap_bytes=self.ledger.cap_bytes,
-            booked_bytes=self.ledger.allocated_bytes,
+            best_cap_bytes=self.best_cap_bytes,
             fixed_bytes=self.overhead_bytes,
-            promised_bytes=promised,
-            promise_bytes=admission.promise_bytes(largest, live_contexts=self.live_contexts),
-            context_bytes=price,
-            weights_bytes=spec.model.weights_bytes,
-            weights_are_booked=weights_are_booked,
+            firm_bytes=self._firm_bytes,
+            turn_room_bytes=self._turn_room_bytes,
+            in_use_bytes=self.in_use_bytes,
         )
 
-    def refuse(
-        self, code: RefusalCode, requested_bytes: int, *, largest_window: int | None = None, waiting_ahead: int = 0
-    ) -> AdmissionRefused:
-        return AdmissionRefused(
-            Refusal(
-                code=code,
-                requested_bytes=requested_bytes,
-                cap_bytes=self.ledger.cap_bytes,
-                booked_bytes=self.ledger.allocated_bytes,
-                holders=self.ledger.snapshot(),
-                largest_window=largest_window,
-                waiting_ahead=waiting_ahead,
-            )
-        )
+    @property
+    def _turn_room_bytes(self) -> int:
+        return self.ledger.size(self._headroom) + self.in_use_bytes
 
-    def refuse_agent(
-        self, code: RefusalCode, spec: AgentSpec, *, weights_are_booked: bool, waiting_ahead: int = 0
-    ) -> AdmissionRefused:
-        """The refusal of a newcomer, with the largest window of its model that would fit now, unless others go first."""
+    @property
+    def _firm_bytes(self) -> int:
+        """Everything booked but the room for turns."""
+        return self.ledger.allocated_bytes - self._turn_room_bytes
 
-        def fits(window: int) -> bool:
-            context = replace(spec.context, window=window)
-            price = context_bytes(spec.model.geometry, context, device=spec.model.device)
-            smaller = replace(spec, context=context, context_bytes=price)
-            return self.decide(smaller, weights_are_booked=weights_are_booked).outcome is Outcome.FIT
+    @property
+    def in_use_bytes(self) -> int:
+        """Of the room for turns: live contexts, and weights that only best-effort agents use."""
+        return self.ledger.parts_bytes(self._headroom)
 
-        requested = self.decide(spec, weights_are_booked=weights_are_booked).requested_bytes
-        window = None if waiting_ahead else admission.largest_window(fits, below=spec.context.window)
-        return self.refuse(code, requested, largest_window=window, waiting_ahead=waiting_ahead)
+    def idle_bytes(self, *, kept: ModelId | None = None) -> int:
+        """Of what is in use, what is leaving or could leave without anybody's turn having to end; not the weights of `kept`."""
+        turning = [agent for agent in self._agents.values() if agent.live and not agent.guaranteed]
+        idle = [a.live.reservation for a in turning if a.live and a.phase in (Phase.READY, Phase.CLOSING)]
+        held = {agent.model_id for agent in turning if agent.phase in (Phase.OPENING, Phase.BUSY)}
+        idle += [
+            model.reservation
+            for id, model in self._models.items()
+            if model.reservation and not model.firm and model.state is not ModelState.LOADING and id not in held and id != kept
+        ]
+        return sum(map(self.ledger.size, idle))
 
-    # --- the promise and the live contexts in it --------------------------------------------------------------------
+    @property
+    def evictable_bytes(self) -> int:
+        """What would be booked less if everything idle left."""
+        return self._turn_room_bytes - max(self._turn_target_bytes(), self.in_use_bytes - self.idle_bytes())
+
+    def turn_limit_bytes(self, *, held_back_bytes: int = 0) -> int:
+        """How large the room for turns may become now.
+
+        `held_back_bytes` are for somebody whose admission waits for them. If strangers took what is booked here, those
+        admitted may still use what was booked for them as far as the device has it: nobody is dropped.
+        """
+        firm = self._firm_bytes
+        if self.ledger.overdrawn_bytes:
+            return min(self._turn_room_bytes, self.physical_bytes - firm)
+        return self.ledger.cap_bytes - firm - held_back_bytes
 
     def keep_promise(self) -> None:
-        """Size the headroom to the promise, less what live contexts use of it. Raises OverCap."""
-        self.ledger.resize(self._headroom, self.promise() - self._in_use())
+        """Size the room for turns to the promise, or to what is in use if that is more. Raises OverCap."""
+        self._size_room(max(self._turn_target_bytes(), self.in_use_bytes))
 
-    def _in_use(self) -> int:
-        return sum(self.ledger.size(agent.live.reservation) for agent in self._agents.values() if agent.live)
+    def _make_way(self) -> None:
+        """`keep_promise` as far as it only shrinks."""
+        self._size_room(min(self._turn_room_bytes, max(self._turn_target_bytes(), self.in_use_bytes)))
+
+    def _turn_target_bytes(self) -> int:
+        """The promised turn. Where strangers took its room, best-effort agents give way first."""
+        promise = self.promise()
+        return promise.turn_bytes if self._promise_fits() else promise.shared_turn_bytes
+
+    def _size_room(self, bytes: int) -> None:
+        self.ledger.resize(self._headroom, bytes - self.in_use_bytes)
+
+    # --- admission --------------------------------------------------------------------------------------------------
+
+    def decide(self, spec: AgentSpec, *, room: Room | None = None) -> Decision:
+        """Decide on a newcomer; in another `room` than there is, if given."""
+        newcomer, model, promised = self._newcomer(spec), self._models.get(spec.model.id), self.promise()
+        before = promised
+        if model is not None and model.firm and model.plan.id not in promised.weights:  # its users left while it is loaded
+            before = replace(promised, weights={**promised.weights, model.plan.id: newcomer.weights_bytes})
+        becomes_firm = model is not None and not model.firm and spec.service_class is not ServiceClass.BEST_EFFORT
+        moved = self.ledger.size(model.reservation) if becomes_firm and model is not None and model.reservation else 0
+        return admission.decide(
+            room or self.room(),
+            before=before,
+            after=promised.plus(newcomer),
+            alone=Promise().plus(newcomer),
+            moved_bytes=moved,
+        )
+
+    def admit(self, agent: Agent, model: Model) -> None:
+        """Book an admission that was decided to FIT. `agent` and `model` are in the records already."""
+        if self._promised is not None:
+            self._promised = self._promised.plus(agent.tenant(self.weights_bytes(model.plan)))
+        if agent.service_class is not ServiceClass.BEST_EFFORT and not model.firm:
+            self._make_firm(model)
+        self._loosen(model)
+        self._make_way()
+        if agent.guaranteed:
+            agent.guarantee = self.ledger.reserve(agent.id, Kind.HEADROOM, agent.context_bytes)
+        self.keep_promise()
+
+    def dismiss(self, agent: Agent, model: Model) -> None:
+        """Undo `admit`; the agent is out of the records already."""
+        self._forget_promise()
+        if agent.guarantee is not None:
+            self.ledger.release(agent.guarantee)
+        self._loosen(model)
+        self.keep_promise()
+
+    def grow(self, agent: Agent, rung: int) -> bool:
+        """Promise the agent a larger window, and book it; False, with nothing changed, if it does not fit.
+
+        Where strangers took the room of best-effort agents' turns, these are in no shared agent's way.
+        """
+        kept = self._promise_fits()
+        before, agent.rung = agent.rung, rung
+        self._forget_promise()
+        if not self._promise_fits() and (kept or not self._shared_promise_fits(agent)):
+            agent.rung = before
+            self._forget_promise()
+            return False
+        self.keep_promise()
+        return True
+
+    def settle(self, agent: Agent) -> None:
+        """Give back what of the agent's window its conversation does not need."""
+        before = agent.rung
+        agent.settle()
+        if agent.rung != before:
+            self._forget_promise()
+            self.keep_promise()
+
+    # --- weights ------------------------------------------------------------------------------------------------------
+
+    def _make_firm(self, model: Model) -> None:
+        """From now on the weights stay: booked for themselves, not in the room for turns."""
+        model.firm = True
+        if model.reservation is None:
+            self._make_way()
+            model.reservation = self.ledger.reserve(model.plan.key, Kind.WEIGHTS, self.weights_bytes(model.plan))
+        else:
+            self.ledger.detach(model.reservation)
+
+    def _loosen(self, model: Model) -> None:
+        """Where only best-effort agents use a model, its weights may leave the device while they are idle."""
+        users = {agent.service_class for agent in self._agents.values() if agent.model_id == model.plan.id}
+        if model.firm and users == {ServiceClass.BEST_EFFORT}:
+            model.firm = False
+            if model.reservation is not None:
+                self.ledger.attach(model.reservation, self._headroom)
+
+    def take_weights(self, model: Model) -> None:
+        """Hand a model that is not firm its bytes out of the room for turns, which grows if it must. Raises OverCap."""
+        bytes = self.weights_bytes(model.plan)
+        self._provide(bytes)
+        model.reservation = self.ledger.split(self._headroom, model.plan.key, Kind.WEIGHTS, bytes)
+
+    def correct_weights(self, model: Model, measured: int) -> None:
+        """Book what the weights really took. Raises OverCap, unchanged, if the promise does not fit beside them."""
+        fitted = self._promise_fits()
+        before = self._resize_weights(model, measured)
+        if fitted and not self._promise_fits():
+            self._resize_weights(model, before)
+            raise OverCap(measured - before, self.ledger.free_bytes)
+        model.measured_bytes = measured
+        self.keep_promise()
+
+    def _resize_weights(self, model: Model, bytes: int) -> int:
+        """Returns the bytes before. Raises OverCap, unchanged."""
+        if model.reservation is None:
+            raise InternalError(f"weights of {model.plan.key} without a reservation")
+        before = self.ledger.size(model.reservation)
+        if model.firm:
+            self.ledger.resize(model.reservation, bytes)
+        else:
+            model.reservation = self._correct_part(model.reservation, bytes)
+        self._forget_promise()
+        return before
+
+    def _shared_promise_fits(self, agent: Agent) -> bool:
+        shared = agent.service_class is ServiceClass.SHARED
+        return shared and self._firm_bytes + self.promise().shared_turn_bytes <= self.ledger.cap_bytes
+
+    def _promise_fits(self) -> bool:
+        return self._firm_bytes + self.promise().turn_bytes <= self.ledger.cap_bytes
+
+    def release_weights(self, model: Model) -> None:
+        if model.reservation is None:
+            raise InternalError(f"weights of {model.plan.key} released twice")
+        (self.ledger.release if model.firm else self.ledger.join)(model.reservation)
+        model.reservation, model.firm = None, False
+        self._forget_promise()
+
+    # --- live contexts ------------------------------------------------------------------------------------------------
 
     def take(self, agent: Agent) -> ReservationId:
-        """Hand the agent's context its bytes out of the headroom."""
+        """Hand the agent's context its bytes: its own if they are guaranteed, else out of the room for turns. Raises OverCap."""
+        if agent.guarantee is not None:
+            return self.ledger.split(agent.guarantee, agent.id, Kind.CONTEXT, agent.context_bytes)
+        self._provide(agent.context_bytes)
         return self.ledger.split(self._headroom, agent.id, Kind.CONTEXT, agent.context_bytes)
 
     def give_back(self, live: LiveContext) -> None:
         self.ledger.join(live.reservation)
 
+    def _provide(self, bytes: int) -> None:
+        """Let the room for turns have so many bytes that nobody uses. Raises OverCap."""
+        if bytes > self.ledger.size(self._headroom):
+            self.ledger.resize(self._headroom, bytes)
+
     def correct(self, agent: Agent, live: LiveContext, measured: int) -> None:
         """Book what the context really took and price the same parameters so from now on. Raises OverCap, unchanged."""
-        part, before = live.reservation, agent.context_bytes
-        promised = self.ledger.size(self._headroom) + self._in_use()
-        self._reprice(agent, measured)
-        growth = self.promise() - promised
-        if growth > self.ledger.free_bytes:
-            self._reprice(agent, before)
-            raise OverCap(growth, self.ledger.free_bytes)
-        headroom = self.promise() - (self._in_use() - self.ledger.size(part) + measured)
-        changes = [(part, measured), (self._headroom, headroom)]
-        for id, size in sorted(changes, key=lambda change: change[1] - self.ledger.size(change[0])):  # what shrinks goes first
-            self.ledger.resize(id, size)
+        if agent.guarantee is not None:
+            self.ledger.resize(live.reservation, measured)
+            agent.ladder[-1] = Rung(live.window, measured)
+            self._forget_promise()
+            return
+        before, fitted = self.ledger.size(live.reservation), self._promise_fits()
+        key = (agent.model_id, replace(agent.spec.context, window=live.window))
+        self._reprice(key, measured)
+        try:
+            if fitted and not self._promise_fits():
+                raise OverCap(measured - before, self.ledger.free_bytes)
+            live.reservation = self._correct_part(live.reservation, measured)
+        except OverCap:
+            self._reprice(key, before)
+            raise
+        self.keep_promise()
 
-    def _reprice(self, agent: Agent, context_bytes: int) -> None:
-        """For everybody whose context has the same model and parameters, now and later."""
-        self._measured[agent.model_id, agent.spec.context] = context_bytes
-        for other in self._agents.values():
-            if other.model_id == agent.model_id and other.spec.context == agent.spec.context:
-                other.context_bytes = context_bytes
+    def _correct_part(self, part: ReservationId, measured: int) -> ReservationId:
+        """Give a part of the room for turns another size, out of what nobody uses of it as far as possible.
+
+        Raises OverCap, unchanged. The part is returned and taken anew: what it had is not free for a moment, not even
+        where strangers hold more than there is.
+        """
+        before = self.ledger.get(part)
+        self._provide(max(0, measured - before.bytes))
+        self.ledger.join(part)
+        return self.ledger.split(self._headroom, before.holder, before.kind, measured)
+
+    def _guaranteed_bytes(self, agent: Agent) -> int:
+        """Booked for the agent alone, its live context included."""
+        live = self.ledger.size(agent.live.reservation) if agent.live else 0
+        return (self.ledger.size(agent.guarantee) if agent.guarantee else 0) + live
+
+    def _reprice(self, key: tuple[ModelId, ContextSpec], bytes: int) -> None:
+        """For everybody whose context has the same model and parameters, now and later; not for what is guaranteed already."""
+        self._measured[key] = bytes
+        self._forget_promise()
+        for agent in self._agents.values():
+            if agent.model_id == key[0] and agent.guarantee is None:
+                agent.ladder = self.ladder(agent.spec)
 
     # --- other tasks' bytes -----------------------------------------------------------------------------------------
 
     def reserve(self, holder: str, bytes: int, owner: OwnerId | None) -> ReservationId:
-        """Book bytes for somebody who is no agent. Raises AdmissionRefused."""
-        try:
-            id = self.ledger.reserve(holder, Kind.EXTERNAL, bytes)
-        except OverCap:
-            never = bytes > self.ledger.cap_bytes - self.overhead_bytes
-            raise self.refuse(RefusalCode.NEVER if never else RefusalCode.CAP, bytes) from None
+        """Book bytes for somebody who is no agent. Raises OverCap."""
+        id = self.ledger.reserve(holder, Kind.EXTERNAL, bytes)
         self.external[id] = owner
         return id
 
@@ -156,12 +360,21 @@ class Books:
 
     # --- invariants -------------------------------------------------------------------------------------------------
 
-    def check(self, weights: Iterable[ReservationId]) -> None:
-        """Raise InternalError unless every booked byte is accounted for by the models, the promise or an outsider."""
+    def check(self) -> None:
+        """Raise InternalError unless every booked byte is accounted for by overhead, models, promises or an outsider."""
         self.ledger.check()
-        promised = self.ledger.size(self._headroom) + self._in_use()
-        if promised != self.promise():
-            raise InternalError(f"{promised} bytes of headroom and live contexts, {self.promise()} promised")
-        known = sum(map(self.ledger.size, (*weights, *self.external))) + self.overhead_bytes + promised
+        if self.promise() != self._promise_anew():
+            raise InternalError("the promise changed, and was not looked at again")
+        room = self._turn_room_bytes
+        if room < (least := self._turn_target_bytes()):
+            raise InternalError(f"{room} bytes of room for turns, {least} promised")
+        for agent in self._agents.values():
+            if agent.guaranteed != (agent.guarantee is not None) or (
+                agent.guaranteed and self._guaranteed_bytes(agent) != agent.context_bytes
+            ):
+                raise InternalError(f"the guarantee of {agent.id} is not what it costs")
+        firm = [model.reservation for model in self._models.values() if model.firm and model.reservation]
+        guaranteed = sum(self._guaranteed_bytes(agent) for agent in self._agents.values() if agent.guaranteed)
+        known = sum(map(self.ledger.size, (*firm, *self.external))) + self.overhead_bytes + guaranteed + room
         if known != self.ledger.allocated_bytes:
             raise InternalError(f"{self.ledger.allocated_bytes} bytes booked, {known} accounted for")

@@ -11,18 +11,28 @@ from typing import NewType, TypeAlias
 
 from conductor.core.estimate import ModelPlan
 from conductor.errors import ConductorError
-from conductor.types import AgentId, ContextSpec, KvPlace, ModelId, OwnerId, ReservationId
+from conductor.types import AgentId, ContextSpec, KvPlace, ModelId, OwnerId, ReservationId, ServiceClass
 
 TurnId = NewType("TurnId", int)
 RequestId = NewType("RequestId", int)
 
 
 @dataclass(frozen=True, slots=True)
+class Rung:
+    """A size that an agent's context may have."""
+
+    window: int
+    context_bytes: int  #: estimated
+
+
+@dataclass(frozen=True, slots=True)
 class AgentSpec:
     id: AgentId
     model: ModelPlan
-    context: ContextSpec
-    context_bytes: int  #: estimated
+    context: ContextSpec  #: of its whole window
+    #: the sizes that its context grows through, ascending; the last is the whole window, and a guaranteed agent's only one
+    ladder: tuple[Rung, ...]
+    service_class: ServiceClass = ServiceClass.SHARED
     priority: int = 0
     owner: OwnerId | None = None
 
@@ -84,30 +94,75 @@ class TurnAbandoned:
 
 
 @dataclass(frozen=True, slots=True)
+class TurnExpired:
+    """The turn has waited as long as its caller would."""
+
+    turn_id: TurnId
+
+
+@dataclass(frozen=True, slots=True)
+class TurnOutgrew:
+    """The running turn stopped, whole, because its context is full: it goes on in a larger one."""
+
+    turn_id: TurnId
+    tokens: int  #: the session holds now
+    state_bytes: int  #: of its KV, if it were saved now
+    required_tokens: int  #: that the context must have room for, for the turn to go on at all
+    desired_tokens: int  #: that it may need until its end
+
+
+@dataclass(frozen=True, slots=True)
 class TurnFinished:
     turn_id: TurnId
     tokens: int  #: the session holds now
+    state_bytes: int = 0  #: of its KV, if it were saved now
+    prefill_s_per_token: float | None = None  #: how long it takes to read a prompt; None if none was long enough to tell
 
 
 @dataclass(frozen=True, slots=True)
 class ContextOpened:
     agent_id: AgentId
-    context_bytes: int  #: measured
+    context_bytes: int | None  #: measured; None where this llama.cpp does not tell
     restored_bytes: int  #: moved back from host memory; 0 for a new or recomputed session
 
 
 @dataclass(frozen=True, slots=True)
 class ContextOpenFailed:
+    """What was saved of its KV is still there."""
+
     agent_id: AgentId
     error: ConductorError
-    place: KvPlace
 
 
 @dataclass(frozen=True, slots=True)
 class ContextClosed:
     agent_id: AgentId
-    place: KvPlace
+    place: KvPlace  #: where its KV is now; TOKENS if it could not be kept
     saved_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class KvMoved:
+    """A saved KV went from host memory to disk or, where that failed, nowhere."""
+
+    agent_id: AgentId
+    place: KvPlace
+    elapsed_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Closing:
+    """The conductor ends: nobody is admitted any more, and everybody leaves."""
+
+    error: ConductorError  #: for those who wait
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceRead:
+    """What the device says now. Comes with the clock, at every admission, and when memory was given back."""
+
+    cap_bytes: int  #: what may be booked
+    physical_bytes: int  #: the device's total, less what the driver and strangers hold
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +174,13 @@ class ReserveRequested:
 
 
 @dataclass(frozen=True, slots=True)
+class ReserveAbandoned:
+    """The caller went away, before the answer or with it on its way."""
+
+    request_id: RequestId
+
+
+@dataclass(frozen=True, slots=True)
 class ReleaseRequested:
     request_id: RequestId
     reservation_id: ReservationId
@@ -126,6 +188,6 @@ class ReleaseRequested:
 
 Event: TypeAlias = (
     RegisterRequested | RegisterAbandoned | ModelLoaded | ModelLoadFailed | ModelUnloaded | UnregisterRequested | OwnerDied
-    | TurnRequested | TurnAbandoned | TurnFinished | ContextOpened | ContextOpenFailed | ContextClosed
-    | ReserveRequested | ReleaseRequested
+    | TurnRequested | TurnAbandoned | TurnExpired | TurnOutgrew | TurnFinished | ContextOpened | ContextOpenFailed | ContextClosed
+    | KvMoved | DeviceRead | Closing | ReserveRequested | ReserveAbandoned | ReleaseRequested
 )  # fmt: skip

@@ -1,7 +1,8 @@
 """Every booked byte and who holds it.
 
 The ledger is arithmetic, not policy: it refuses to exceed its cap, to release what is not booked and to hold a
-byte without a holder. Nothing is clamped. Who may book is decided in `admission`.
+byte without a holder. Nothing is clamped. Who may book is decided in `admission`. A cap that falls below what is booked
+takes nothing from anybody: the difference is `overdrawn_bytes`, and nothing more can be booked until it is gone.
 
 `split` and `join` hand bytes from one reservation to another without un-booking them, so a switch between agents
 can neither fail for want of room nor leave a gap that somebody else could take.
@@ -41,6 +42,8 @@ class Ledger:
         if cap_bytes < 0:
             raise InternalError(f"a cap of {cap_bytes} bytes")
         self._cap = cap_bytes
+        #: what was booked when the cap was last set: the most that may be booked beyond it
+        self._tolerated = 0
         self._bytes: dict[ReservationId, int] = {}
         self._titles: dict[ReservationId, _Title] = {}
         #: split parts only: the reservation each part's bytes come from and return to
@@ -54,9 +57,21 @@ class Ledger:
     def cap_bytes(self) -> int:
         return self._cap
 
+    def set_cap(self, cap_bytes: int) -> None:
+        """Lower or raise the cap. What is booked stays booked."""
+        self._require(cap_bytes >= 0, f"a cap of {cap_bytes} bytes")
+        if cap_bytes != self._cap:
+            self._cap, self._tolerated = cap_bytes, self.allocated_bytes
+            self.revision += 1
+
     @property
     def allocated_bytes(self) -> int:
         return sum(self._bytes.values())
+
+    @property
+    def overdrawn_bytes(self) -> int:
+        """Booked beyond the cap, since it fell."""
+        return max(0, -self.free_bytes)
 
     @property
     def free_bytes(self) -> int:
@@ -102,6 +117,25 @@ class Ledger:
         self.revision += 1
         return size
 
+    def attach(self, id: ReservationId, to: ReservationId) -> None:
+        """Make a reservation a part of another, as if it had been split from it. The total does not change."""
+        self._require(id in self._bytes and to in self._bytes, f"{id} attached to {to}, and one of them is not booked")
+        self._require(id != to, f"{id} attached to itself")
+        self._require(not {id, to} & self._origins.keys(), f"{id} attached to {to}, and one of them is a part already")
+        self._require(id not in self._origins.values(), f"{id} has parts of its own")
+        self._origins[id] = to
+        self.revision += 1
+
+    def detach(self, id: ReservationId) -> None:
+        """Make a part a reservation of its own, with its bytes. The total does not change."""
+        self._require(id in self._origins, f"{id} is no part of anything")
+        del self._origins[id]
+        self.revision += 1
+
+    def parts_bytes(self, id: ReservationId) -> int:
+        """What is split from a reservation, or attached to it."""
+        return sum(self._bytes[part] for part, origin in self._origins.items() if origin == id)
+
     def size(self, id: ReservationId) -> int:
         try:
             return self._bytes[id]
@@ -130,7 +164,8 @@ class Ledger:
         self._require(all(title.holder for title in self._titles.values()), "bytes without a holder")
         self._require(self._origins.keys() <= self._bytes.keys(), "an origin kept for a part that is gone")
         self._require(set(self._origins.values()) <= self._bytes.keys() - self._origins.keys(), "a part without its origin")
-        self._require(self.allocated_bytes <= self._cap, f"{self.allocated_bytes} bytes booked under a cap of {self._cap}")
+        allocated = self.allocated_bytes
+        self._require(allocated <= max(self._cap, self._tolerated), f"{allocated} bytes booked under a cap of {self._cap}")
 
     def _open(self, holder: str, kind: Kind, bytes: int) -> ReservationId:
         self._require(bool(holder), "a reservation without a holder")

@@ -1,159 +1,193 @@
-"""The conductor's state machine: `handle(event) -> actions`.
+"""The conductor's state machine: `handle(events, at) -> actions`.
 
 Covers registrations, models and other tasks' reservations, and books every byte of them; turns are `rotation`'s. One
-writer, no locks: the shell calls `handle` from one thread, and each call leaves the books complete.
+writer, no locks: the shell calls `handle` from one thread, and each call leaves the books complete. `at` is the time of
+the shell's monotonic clock, in seconds.
 
 What is booked, and when:
-- a model's weights when its first agent is admitted, released when its unload is confirmed;
-- the promise to all agents' turns, which live contexts draw from (`books`);
+- a model's weights when its first guaranteed or shared agent is admitted, or when a best-effort agent's turn needs them;
+- a guaranteed agent's whole window at its admission, and its context is made before the admission is answered;
+- one turn of all others, which live contexts draw from (`books`); more while it is free;
 - other tasks' bytes through reserve and release.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from conductor.core import actions, events
 from conductor.core.admission import Decision, Outcome
 from conductor.core.books import Books
-from conductor.core.events import AgentSpec
-from conductor.core.ledger import Ledger, OverCap
+from conductor.core.events import AgentSpec, RequestId
+from conductor.core.kv_books import KvBooks
+from conductor.core.ledger import Ledger
+from conductor.core.refusals import Refusals
 from conductor.core.residency import Model
+from conductor.core.roster import Roster
 from conductor.core.rotation import Rotation
-from conductor.core.sessions import Agent, Phase, Stage
+from conductor.core.sessions import Agent, Stage
 from conductor.core.waitlist import Waitlist
 from conductor.errors import (
-    AdmissionRefused,
     DuplicateAgent,
-    InternalError,
     RefusalCode,
     UnknownAgent,
     UnknownReservation,
 )
-from conductor.types import AgentId, Kind, ModelId, ModelState
+from conductor.types import AgentId, ModelId, ModelState, ReservationId
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What the configuration says about the policy. Times in seconds; None is never."""
+
+    live_contexts: int = 1
+    waitlist_limit: int = 256
+    turn_queue_limit: int = 1024
+    host_bytes: int = 1 << 40
+    disk_bytes: int = 0
+    ageing_s: float = 60.0
+    idle_shrink_s: float | None = None
+    idle_ttl_s: float | None = None
 
 
 class State:
-    """See the module's docstring. `live_contexts`: the most contexts that may be live at once."""
+    """See the module's docstring."""
 
-    def __init__(self, *, cap_bytes: int, live_contexts: int, waitlist_limit: int = 256, id_prefix: str = "r") -> None:
+    def __init__(self, rules: Rules, *, cap_bytes: int, id_prefix: str = "r") -> None:
+        self.rules = rules
         self.ledger = Ledger(cap_bytes, prefix=id_prefix)
         self.agents: dict[AgentId, Agent] = {}
         self.models: dict[ModelId, Model] = {}
-        self.waitlist = Waitlist(limit=waitlist_limit)
-        self.books = Books(self.ledger, self.agents, live_contexts=live_contexts)
-        self.rotation = Rotation(self.agents, self.books, live_contexts=live_contexts)
+        self.waitlist = Waitlist(limit=rules.waitlist_limit, ageing_s=rules.ageing_s)
+        self.books = Books(self.ledger, self.agents, self.models)
+        self.kv_books = KvBooks(self.agents, self.models, host_bytes=rules.host_bytes, disk_bytes=rules.disk_bytes)
+        self.refusals = Refusals(self.books, idle=self._idle_agents, idle_ttl_s=rules.idle_ttl_s)
+        self.rotation = Rotation(
+            self.agents, self.models, self.books, self.kv_books, self.refusals,
+            live_contexts=rules.live_contexts, ageing_s=rules.ageing_s, queue_limit=rules.turn_queue_limit,
+        )  # fmt: skip
+        self.roster = Roster(self.agents, self.models, self.books, self.kv_books, self.rotation, self.refusals)
+        #: by the request that asked for it: to be given back if nobody receives the answer
+        self._reserved: dict[RequestId, ReservationId] = {}
         #: registrations that came while their model is being unloaded or the last agent of that name leaves
         self._deferred: list[events.RegisterRequested] = []
-        self._handlers: dict[type, Callable[[Any], Iterable[actions.Action]]] = {
+        #: other tasks' reservations whose room is being cleared
+        self._reserving: list[events.ReserveRequested] = []
+        self._handlers: dict[type, Callable[[Any, float], Iterable[actions.Action]]] = {
             events.RegisterRequested: self._on_register,
             events.RegisterAbandoned: self._on_register_abandoned,
-            events.ModelLoaded: self._on_model_loaded,
-            events.ModelLoadFailed: self._on_model_load_failed,
-            events.ModelUnloaded: self._on_model_unloaded,
-            events.UnregisterRequested: self._on_unregister,
+            events.ModelLoaded: self.roster.on_model_loaded,
+            events.ModelLoadFailed: self.roster.on_model_load_failed,
+            events.ModelUnloaded: self.roster.on_model_unloaded,
+            events.UnregisterRequested: self.roster.on_unregister,
             events.OwnerDied: self._on_owner_died,
             events.TurnRequested: self.rotation.on_turn,
             events.TurnAbandoned: self.rotation.on_turn_abandoned,
+            events.TurnExpired: self.rotation.on_turn_expired,
+            events.TurnOutgrew: self.rotation.on_turn_outgrew,
             events.TurnFinished: self.rotation.on_turn_finished,
-            events.ContextOpened: self.rotation.on_context_opened,
-            events.ContextOpenFailed: self.rotation.on_context_open_failed,
+            events.ContextOpened: self.roster.on_context_opened,
+            events.ContextOpenFailed: self.roster.on_context_open_failed,
             events.ContextClosed: self.rotation.on_context_closed,
+            events.KvMoved: self.rotation.contexts.on_kv_moved,
+            events.DeviceRead: self._on_device_read,
+            events.Closing: self._on_closing,
             events.ReserveRequested: self._on_reserve,
+            events.ReserveAbandoned: self._on_reserve_abandoned,
             events.ReleaseRequested: self._on_release,
         }
 
-    def handle(self, event: events.Event) -> list[actions.Action]:
-        """Take in one event and return what is to be done about it, in order."""
-        todo = list(self._handlers[type(event)](event))
-        todo += self._see_off()
-        todo += self._take_up_deferred()
-        todo += self._admit_waiting()
-        todo += self.rotation.schedule()
+    def handle(self, *happened: events.Event, at: float) -> list[actions.Action]:
+        """Take in what happened at once and return what is to be done about it, in order."""
+        todo: list[actions.Action] = []
+        self.rotation.note_use(at)
+        for event in happened:
+            todo += self._handlers[type(event)](event, at)
+        todo += self.roster.see_off()
+        todo += self._take_up_deferred(at)
+        todo += self._give_way()
+        todo += self._answer_reserving(at)
+        admitted, held_back_bytes = self._admit_waiting(at)
+        todo += admitted
+        todo += self.rotation.contexts.save_waiting()
+        held_back_bytes += sum(event.bytes for event in self._reserving)
+        todo += self.rotation.schedule(at, held_back_bytes=held_back_bytes)
         return todo
 
     # --- registration -----------------------------------------------------------------------------------------------
 
-    def _on_register(self, event: events.RegisterRequested) -> list[actions.Action]:
+    def _on_register(self, event: events.RegisterRequested, at: float) -> list[actions.Action]:
         spec = event.agent
         if self._must_wait_for_leavers(spec):
             self._deferred.append(event)
             return []
         if self._is_known(spec.id):
             return [actions.Refuse(event.request_id, DuplicateAgent(spec.id))]
-        decision = self._decide(spec)
+        decision, ahead = self.books.decide(spec), self.waitlist.ahead_of(spec.priority, at)
         if decision.outcome is Outcome.NEVER_FITS:
-            return [actions.Refuse(event.request_id, self._refusal(RefusalCode.NEVER, spec))]
-        if decision.outcome is Outcome.FIT and not self.waitlist.ahead_of(spec.priority):
-            return self._book(event, decision)
-        if not event.may_wait:
-            ahead = self.waitlist.ahead_of(spec.priority)
-            return [actions.Refuse(event.request_id, self._refusal(RefusalCode.CAP, spec, waiting_ahead=ahead))]
-        if self.waitlist.full:
-            return [actions.Refuse(event.request_id, self._refusal(RefusalCode.QUEUE_FULL, spec))]
-        self.waitlist.add(event)
+            return [self._refuse(event, RefusalCode.NEVER, at)]
+        if decision.outcome is Outcome.FIT and not ahead:
+            return self.roster.book(event, decision, at)
+        if not event.may_wait and (ahead or not self._is_being_cleared(event.agent, decision)):
+            return [self._refuse(event, RefusalCode.CAP, at, waiting_ahead=ahead)]
+        if event.may_wait and self.waitlist.full and (ahead or not self._is_being_cleared(event.agent, decision)):
+            return [self._refuse(event, RefusalCode.QUEUE_FULL, at)]
+        self.waitlist.add(event, at)
         return []
 
-    def _book(self, event: events.RegisterRequested, decision: Decision) -> list[actions.Action]:
-        """Book the whole of an admission at once; the model is loaded, or the agent admitted, only after."""
-        spec, todo = event.agent, list[actions.Action]()
-        model = self.models.get(spec.model.id)
-        if model is None:
-            weights = self.ledger.reserve(spec.model.key, Kind.WEIGHTS, decision.weights_bytes)
-            self.models[spec.model.id] = Model(spec.model, weights, ModelState.LOADING)
-            todo.append(actions.LoadModel(spec.model))
-        price = self.books.price(spec)
-        agent = Agent(spec, event.request_id, decision.requested_bytes, price, loads_model=model is None)
-        self.agents[spec.id] = agent
-        self.books.keep_promise()
-        if model is not None and model.state is ModelState.RESIDENT:
-            todo.append(self._admit(agent))
-        return todo
+    def _is_being_cleared(self, spec: AgentSpec, decision: Decision) -> bool:
+        """Whether the room that is missing comes without anybody's turn having to end: not worth sending somebody away."""
+        room = self.books.room()
+        left = room.cap_bytes - room.firm_bytes - decision.firm_bytes
+        in_use = room.in_use_bytes - self.books.idle_bytes(kept=spec.model.id)
+        return decision.outcome is Outcome.EVICT and in_use <= left
 
-    def _admit(self, agent: Agent) -> actions.Admit:
-        agent.stage = Stage.ADMITTED
-        weights = self.ledger.size(self.models[agent.model_id].reservation)
-        return actions.Admit(
-            agent.registration, agent.spec, weights, agent.context_bytes, agent.charged_bytes, agent.loads_model
-        )
+    def _refuse(self, event: events.RegisterRequested, code: RefusalCode, at: float, *, waiting_ahead: int = 0) -> actions.Refuse:
+        return actions.Refuse(event.request_id, self.refusals.of_agent(code, event.agent, at, waiting_ahead=waiting_ahead))
 
-    def _on_register_abandoned(self, event: events.RegisterAbandoned) -> list[actions.Action]:
+    def _on_register_abandoned(self, event: events.RegisterAbandoned, at: float) -> list[actions.Action]:
         if (waiting := self.waitlist.remove(event.request_id)) is not None:
-            if not event.timed_out:
-                return []
-            spec = waiting.agent
-            return [actions.Refuse(event.request_id, self._refusal(RefusalCode.TIMEOUT, spec))]
+            return [self._refuse(waiting, RefusalCode.TIMEOUT, at)] if event.timed_out else []
         if event.timed_out:  # whoever is past waiting for room will be answered soon; the deferred must not start to wait now
             self._deferred = [replace(r, may_wait=False) if r.request_id == event.request_id else r for r in self._deferred]
             return []
         self._deferred = [request for request in self._deferred if request.request_id != event.request_id]
         leaver = next((agent for agent in self.agents.values() if agent.registration == event.request_id), None)
-        return self._leave(leaver) if leaver else []
+        return self.roster.leave(leaver) if leaver else []
 
-    def _admit_waiting(self) -> list[actions.Action]:
-        """Book those whose turn it is, in order, up to the first who still does not fit."""
+    def _admit_waiting(self, at: float) -> tuple[list[actions.Action], int]:
+        """Book those whose turn it is, in order, up to the first who still does not fit.
+
+        Returns the bytes, too, that turns must leave free, because the first one waits for no more than that they are cleared.
+        """
         todo: list[actions.Action] = []
-        for event in self.waitlist:
-            model = self.models.get(event.agent.model.id)
-            decision = self._decide(event.agent)
+        for event in (waiting.request for waiting in self.waitlist.in_order(at)):
+            model, decision = self.models.get(event.agent.model.id), self.books.decide(event.agent)
             if decision.outcome is Outcome.NEVER_FITS:  # a context like its own was measured since it came
                 self.waitlist.remove(event.request_id)
-                todo.append(actions.Refuse(event.request_id, self._refusal(RefusalCode.NEVER, event.agent)))
+                todo.append(self._refuse(event, RefusalCode.NEVER, at))
                 continue
-            if decision.outcome is not Outcome.FIT or (model is not None and model.state is ModelState.UNLOADING):
-                break
-            self.waitlist.remove(event.request_id)
-            todo += self._book(event, decision)
-        return todo
+            if model is not None and model.state is ModelState.UNLOADING:
+                return todo, 0
+            if decision.outcome is Outcome.FIT:
+                self.waitlist.remove(event.request_id)
+                todo += self.roster.book(event, decision, at)
+                continue
+            if not event.may_wait and not self._is_being_cleared(event.agent, decision):  # its room went to somebody else
+                self.waitlist.remove(event.request_id)
+                todo.append(self._refuse(event, RefusalCode.CAP, at))
+                continue
+            if decision.outcome is Outcome.EVICT:
+                return todo + self._clear(decision.firm_bytes, kept=event.agent.model.id), decision.firm_bytes
+            return todo, 0
+        return todo, 0
 
-    def _decide(self, spec: AgentSpec) -> Decision:
-        return self.books.decide(spec, weights_are_booked=spec.model.id in self.models)
-
-    def _refusal(self, code: RefusalCode, spec: AgentSpec, *, waiting_ahead: int = 0) -> AdmissionRefused:
-        booked = spec.model.id in self.models
-        return self.books.refuse_agent(code, spec, weights_are_booked=booked, waiting_ahead=waiting_ahead)
+    def _clear(self, bytes: int, *, kept: ModelId | None = None) -> list[actions.Action]:
+        """Send away what is idle until so many bytes more can be booked beside what is in use; not the weights of `kept`."""
+        room = self.books.room()
+        return self.rotation.evict(room.firm_bytes + room.in_use_bytes + bytes - room.cap_bytes, kept_model=kept)
 
     def _must_wait_for_leavers(self, spec: AgentSpec) -> bool:
         """Whether something of the same name is on its way out: a model being unloaded, or an agent (a restarted one's past)."""
@@ -162,137 +196,126 @@ class State:
             model is not None and model.state is ModelState.UNLOADING
         )
 
-    def _take_up_deferred(self) -> list[actions.Action]:
+    def _take_up_deferred(self, at: float) -> list[actions.Action]:
         """Decide on those whose leavers have left, in the order of their arrival."""
         todo: list[actions.Action] = []
         if any(not self._must_wait_for_leavers(event.agent) for event in self._deferred):
             deferred, self._deferred = self._deferred, []
             for event in deferred:
-                todo += self._on_register(event)
+                todo += self._on_register(event, at)
         return todo
 
-    # --- models -----------------------------------------------------------------------------------------------------
+    # --- the device ---------------------------------------------------------------------------------------------------
 
-    def _on_model_loaded(self, event: events.ModelLoaded) -> list[actions.Action]:
-        model = self.models[event.model_id]
-        model.become("loaded")
-        try:
-            self.ledger.resize(model.reservation, event.weights_bytes)
-        except OverCap as excess:
-            return self._unload_overweight(model, excess)
-        agents = self._agents_of(event.model_id)
-        if not agents:
-            return self._unload(model)
-        return [self._admit(agent) for agent in agents if agent.stage is Stage.LOADING]
-
-    def _unload_overweight(self, model: Model, excess: OverCap) -> list[actions.Action]:
-        """The weights took more than was booked, and the rest does not fit: everybody who waits for them is refused."""
+    def _on_device_read(self, event: events.DeviceRead, at: float) -> list[actions.Action]:
+        """The device says what strangers hold; besides, time has passed: what idles beyond its time is given back."""
+        self.books.read_device(event.cap_bytes, event.physical_bytes)
         todo: list[actions.Action] = []
-        for agent in self._agents_of(model.plan.id):
-            todo.append(actions.Refuse(agent.registration, self.books.refuse(RefusalCode.CAP, excess.requested_bytes)))
-            del self.agents[agent.id]
-        self.books.keep_promise()
-        return todo + self._unload(model)
+        if (ttl := self.rules.idle_ttl_s) is not None:
+            for agent in [agent for agent in self._idle_agents() if at - agent.idle_since >= ttl]:
+                todo += self.roster.leave(agent)
+        if (shrink := self.rules.idle_shrink_s) is not None:
+            surplus = self.books.in_use_bytes - self.books.promise().turn_bytes
+            todo += self.rotation.evict(surplus, idle_since=at - shrink)
+        return todo
 
-    def _on_model_load_failed(self, event: events.ModelLoadFailed) -> list[actions.Action]:
-        model = self.models.pop(event.model_id)
-        model.become("load failed")
-        self.ledger.release(model.reservation)
+    def _idle_agents(self) -> list[Agent]:
+        """Those without a turn, waiting or running."""
+        in_use = {turn.agent_id for turn in self.rotation.turns.values()}
+        return [agent for id, agent in self.agents.items() if agent.stage is Stage.ADMITTED and id not in in_use]
+
+    def _on_closing(self, event: events.Closing, at: float) -> list[actions.Action]:
         todo: list[actions.Action] = []
-        for agent in self._agents_of(event.model_id):
-            del self.agents[agent.id]
-            todo.append(actions.Refuse(agent.registration, event.error))
-        self.books.keep_promise()
-        return todo + [actions.AnswerUnregister(leaver) for leaver in model.leavers]
+        for request in (*(waiting.request for waiting in self.waitlist), *self._deferred):
+            self.waitlist.remove(request.request_id)
+            todo.append(actions.Refuse(request.request_id, event.error))
+        todo += [actions.FailRequest(reserving.request_id, event.error) for reserving in self._reserving]
+        self._deferred, self._reserving = [], []
+        for agent in list(self.agents.values()):
+            if agent.stage is Stage.LOADING:
+                todo.append(actions.Refuse(agent.registration, event.error))
+            todo += self.roster.leave(agent)
+        return todo
 
-    def _unload(self, model: Model) -> list[actions.Action]:
-        model.become("last agent left")
-        return [actions.UnloadModel(model.plan.id)]
-
-    def _on_model_unloaded(self, event: events.ModelUnloaded) -> list[actions.Action]:
-        model = self.models.pop(event.model_id)
-        model.become("unloaded")
-        self.ledger.release(model.reservation)
-        return [actions.AnswerUnregister(leaver) for leaver in model.leavers]
+    def _give_way(self) -> list[actions.Action]:
+        """Where strangers took what is booked here, what is idle leaves the device until the rest fits under the cap."""
+        if self.books.drifts:
+            self.books.keep_promise()
+        if not self.ledger.overdrawn_bytes:
+            return []
+        room = self.books.room()
+        return self.rotation.evict(room.firm_bytes + room.in_use_bytes - room.cap_bytes, also_wanted=False)
 
     # --- leaving ----------------------------------------------------------------------------------------------------
 
-    def _on_unregister(self, event: events.UnregisterRequested) -> list[actions.Action]:
-        agent = self.agents.get(event.agent_id)
-        if agent is None or agent.stage is Stage.LOADING:
-            return [actions.FailRequest(event.request_id, UnknownAgent(event.agent_id))]
-        agent.leavers.append(event.request_id)
-        return self._leave(agent)
-
-    def _on_owner_died(self, event: events.OwnerDied) -> list[actions.Action]:
+    def _on_owner_died(self, event: events.OwnerDied, at: float) -> list[actions.Action]:
         """Its registrations are answered too: nobody hears it, but the shell's call would wait for ever."""
         todo: list[actions.Action] = []
-        for waiting in [w for w in (*self.waitlist, *self._deferred) if w.agent.owner == event.owner]:
-            todo += self._on_register_abandoned(events.RegisterAbandoned(waiting.request_id))
-            todo.append(actions.Refuse(waiting.request_id, UnknownAgent(waiting.agent.id)))
+        waiting = [waiting.request for waiting in self.waitlist]
+        for request in [request for request in (*waiting, *self._deferred) if request.agent.owner == event.owner]:
+            todo += self._on_register_abandoned(events.RegisterAbandoned(request.request_id), at)
+            todo.append(actions.Refuse(request.request_id, UnknownAgent(request.agent.id)))
         for agent in [agent for agent in self.agents.values() if agent.spec.owner == event.owner]:
             if agent.stage is Stage.LOADING:
                 todo.append(actions.Refuse(agent.registration, UnknownAgent(agent.id)))
-            todo += self._leave(agent)
+            todo += self.roster.leave(agent)
+        for reserving in [reserving for reserving in self._reserving if reserving.owner == event.owner]:
+            self._reserving.remove(reserving)
+            todo.append(actions.FailRequest(reserving.request_id, self.refusals.of_bytes(RefusalCode.CAP, reserving.bytes, at)))
         for reservation in [id for id, owner in self.books.external.items() if owner == event.owner]:
             self.books.release(reservation)
+        self._reserved = {request: id for request, id in self._reserved.items() if id in self.books.external}
         return todo
-
-    def _leave(self, agent: Agent) -> list[actions.Action]:
-        """Start an agent's departure: it gets no more turns, and `_see_off` takes it from there."""
-        if agent.stage is Stage.LEAVING:
-            return []
-        agent.stage = Stage.LEAVING
-        return self.rotation.cancel_all(agent)
-
-    def _see_off(self) -> list[actions.Action]:
-        """Take the next step of every departure: close the context once its turn is over, then forget the agent."""
-        todo: list[actions.Action] = []
-        for agent in [agent for agent in self.agents.values() if agent.stage is Stage.LEAVING]:
-            if agent.phase is Phase.READY:
-                todo.append(self.rotation.drop(agent))
-            elif agent.live is None:
-                todo += self._forget(agent)
-        return todo
-
-    def _forget(self, agent: Agent) -> list[actions.Action]:
-        del self.agents[agent.id]
-        self.books.keep_promise()
-        todo: list[actions.Action] = [actions.Forget(agent.id)]
-        model = self.models[agent.model_id]
-        if self._agents_of(agent.model_id):
-            return todo + [actions.AnswerUnregister(leaver) for leaver in agent.leavers]
-        model.leavers += agent.leavers
-        return todo + (self._unload(model) if model.state is ModelState.RESIDENT else [])
 
     # --- other tasks' bytes -----------------------------------------------------------------------------------------
 
-    def _on_reserve(self, event: events.ReserveRequested) -> list[actions.Action]:
-        try:
-            reservation = self.books.reserve(event.holder, event.bytes, event.owner)
-        except AdmissionRefused as refused:
-            return [actions.FailRequest(event.request_id, refused)]
-        return [actions.AnswerReserve(event.request_id, reservation)]
+    def _on_reserve(self, event: events.ReserveRequested, at: float) -> list[actions.Action]:
+        self._reserving.append(event)
+        return []
 
-    def _on_release(self, event: events.ReleaseRequested) -> list[actions.Action]:
+    def _answer_reserving(self, at: float) -> list[actions.Action]:
+        """Book what fits beside all that is in use, clear what is idle for what would fit then, refuse the rest."""
+        todo: list[actions.Action] = []
+        for event in list(self._reserving):
+            room, turn_bytes = self.books.room(), self.books.promise().turn_bytes
+            left = room.cap_bytes - room.firm_bytes - event.bytes
+            if max(turn_bytes, room.in_use_bytes) <= left:
+                self._reserving.remove(event)
+                self.books.keep_promise()
+                reservation = self._reserved[event.request_id] = self.books.reserve(event.holder, event.bytes, event.owner)
+                todo.append(actions.AnswerReserve(event.request_id, reservation))
+            elif max(turn_bytes, room.in_use_bytes - self.books.idle_bytes()) <= left:
+                todo += self._clear(event.bytes)
+            else:
+                self._reserving.remove(event)
+                never = event.bytes > room.best_cap_bytes - room.fixed_bytes
+                code = RefusalCode.NEVER if never else RefusalCode.CAP
+                todo.append(actions.FailRequest(event.request_id, self.refusals.of_bytes(code, event.bytes, at)))
+        return todo
+
+    def _on_reserve_abandoned(self, event: events.ReserveAbandoned, at: float) -> list[actions.Action]:
+        """Bytes whose id nobody received are given back."""
+        self._reserving = [reserving for reserving in self._reserving if reserving.request_id != event.request_id]
+        reservation = self._reserved.pop(event.request_id, None)
+        if reservation in self.books.external:
+            self.books.release(reservation)
+        return []
+
+    def _on_release(self, event: events.ReleaseRequested, at: float) -> list[actions.Action]:
         if event.reservation_id not in self.books.external:
             return [actions.FailRequest(event.request_id, UnknownReservation(event.reservation_id))]
+        self._reserved = {request: id for request, id in self._reserved.items() if id != event.reservation_id}
         return [actions.AnswerRelease(event.request_id, self.books.release(event.reservation_id))]
 
     # --- derived ----------------------------------------------------------------------------------------------------
 
-    def _agents_of(self, model_id: ModelId) -> list[Agent]:
-        return [agent for agent in self.agents.values() if agent.model_id == model_id]
-
     def _is_known(self, agent_id: AgentId) -> bool:
-        return agent_id in self.agents or any(w.agent.id == agent_id for w in (*self.waitlist, *self._deferred))
+        waiting = [waiting.request for waiting in self.waitlist]
+        return agent_id in self.agents or any(request.agent.id == agent_id for request in (*waiting, *self._deferred))
 
     def check(self) -> None:
         """Raise InternalError unless the books and the records agree."""
-        self.books.check(model.reservation for model in self.models.values())
+        self.books.check()
+        self.kv_books.check()
         self.rotation.check()
-        used = {agent.model_id for agent in self.agents.values()}
-        if not used <= self.models.keys():
-            raise InternalError("an agent without its model")
-        if any(model.state is ModelState.RESIDENT and id not in used for id, model in self.models.items()):
-            raise InternalError("a resident model that nobody uses")
+        self.roster.check()

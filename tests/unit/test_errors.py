@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -27,12 +28,15 @@ from conductor.errors import (
     RefusalCode,
     ServiceFailed,
     TurnCancelled,
+    TurnQueueFull,
+    TurnTimedOut,
     UnknownAgent,
     UnknownModel,
     UnknownReservation,
     WindowFull,
+    WindowRefused,
 )
-from conductor.types import AgentId, Kind, ModelKey, Reservation, ReservationId
+from conductor.types import AgentId, Kind, ModelKey, Reservation, ReservationId, ServiceClass
 
 A = AgentId("a")
 
@@ -60,6 +64,9 @@ EXAMPLES: list[tuple[ConductorError, list[str]]] = [
     (ModelLoadFailed("/models/x.gguf", "no memory"), ["x.gguf", "no memory"]),
     (ChatTemplateFailed("coder", "roles must alternate"), ["coder", "roles must alternate"]),
     (WindowFull(A, 512, 500, 30), ["'a'", "512", "500", "30", "reset=True"]),
+    (WindowRefused(A, 4096, 5000, refusal(), "so far"), ["'a'", "4096", "5000", "512 MiB", "424 MiB free", "wait_s"]),
+    (TurnTimedOut(A, 1.5, "turns of others to end"), ["'a'", "1.5 s", "turns of others"]),
+    (TurnQueueFull(A, 1024), ["1024 turns", "'a'", "try again later"]),
     (TurnCancelled(A, "the agent was unregistered"), ["'a'", "the agent was unregistered"]),
     (DecodeFailed(A, "no KV slot"), ["'a'", "no KV slot", "kept"]),
     (UnknownReservation(ReservationId("r7")), ["'r7'", "released already"]),
@@ -67,7 +74,7 @@ EXAMPLES: list[tuple[ConductorError, list[str]]] = [
     (NotRunning(), ["conductor up"]),
     (InternalError("two live contexts of one model"), ["internal error", "two live contexts of one model"]),
 ]
-RETRYABLE = {DecodeFailed, AdmissionRefused}
+RETRYABLE = {DecodeFailed, AdmissionRefused, WindowRefused, TurnTimedOut, TurnQueueFull}
 
 
 def tree(root: type[ConductorError] = ConductorError, depth: int = 0) -> Iterator[tuple[int, str]]:
@@ -141,6 +148,7 @@ def test_only_what_never_fits_is_not_worth_another_try() -> None:
         (RefusalCode.NEVER, 4096, "even when empty. A window of 4096 tokens would fit now."),
         (RefusalCode.NEVER, None, "even when empty. Choose a smaller model."),
         (RefusalCode.QUEUE_FULL, 4096, "try again later"),
+        (RefusalCode.DRIFT, None, "Other programs took memory"),
     ],
 )
 def test_a_refusal_advises_what_helps(code: RefusalCode, window: int | None, advice: str) -> None:
@@ -156,4 +164,15 @@ def test_a_refusal_has_a_json_form() -> None:
         "holders": [{"id": "r1", "holder": "coder", "kind": "weights", "bytes": 600 << 20}],
         "largest_window": 4096,
         "waiting_ahead": 0,
+        "evictable_bytes": 0,
+        "fitting_class": None,
+        "retry_after_s": None,
     }
+
+
+def test_a_refusal_names_a_class_that_would_be_admitted() -> None:
+    weaker = replace(refusal(largest_window=None), fitting_class=ServiceClass.BEST_EFFORT)
+    assert "The service class best_effort would fit now, or unregister an agent" in str(AdmissionRefused(weaker))
+    either = replace(refusal(), fitting_class=ServiceClass.SHARED)
+    assert "A window of 4096 tokens or the service class shared would fit now" in str(AdmissionRefused(either))
+

@@ -1,13 +1,13 @@
-"""The ledger: exact, under its cap, nothing clamped, nothing anonymous."""
+"""The ledger: exact, under its cap however that moves, nothing clamped, nothing anonymous.
+
+See also: `test_ledger_at_random.py`, for all of it at once.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import pytest
-from hypothesis import HealthCheck, settings
-from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule, run_state_machine_as_test
 
 from conductor.core.ledger import Ledger, OverCap
 from conductor.errors import InternalError, UnknownReservation
@@ -164,6 +164,116 @@ def test_more_than_there_is_cannot_be_split_off() -> None:
     assert picture(ledger) == before
 
 
+def test_a_reservation_that_is_attached_is_a_part_and_one_that_is_detached_is_whole_again() -> None:
+    ledger = Ledger(100)
+    room, weights = ledger.reserve("conductor", Kind.HEADROOM, 50), ledger.reserve("alpha", Kind.WEIGHTS, 30)
+    ledger.attach(weights, room)
+    assert (ledger.leases(), ledger.parts_bytes(room), ledger.allocated_bytes) == ({room: 80}, 30, 80)
+    ledger.check()
+    ledger.detach(weights)
+    assert (ledger.leases(), ledger.parts_bytes(room), ledger.allocated_bytes) == ({room: 50, weights: 30}, 0, 80)
+    ledger.attach(weights, room)
+    assert ledger.join(weights) == 30
+    assert (ledger.leases(), ledger.size(room)) == ({room: 80}, 80)
+    ledger.check()
+
+
+def test_a_part_that_is_detached_takes_its_bytes_along() -> None:
+    ledger = Ledger(100)
+    room = ledger.reserve("conductor", Kind.HEADROOM, 50)
+    part = ledger.split(room, "alpha", Kind.WEIGHTS, 30)
+    ledger.detach(part)
+    assert ledger.leases() == {room: 20, part: 30}
+    assert ledger.release(part) == 30
+    assert ledger.release(room) == 20
+
+
+def test_parts_of_parts_and_parts_of_nothing_are_our_bug() -> None:
+    ledger = Ledger(100)
+    room, other = ledger.reserve("conductor", Kind.HEADROOM, 50), ledger.reserve("alpha", Kind.WEIGHTS, 10)
+    part = ledger.split(room, "a", Kind.CONTEXT, 20)
+    before = picture(ledger)
+    illegal: tuple[Callable[[], None], ...] = (
+        lambda: ledger.attach(part, other),  # it is a part already
+        lambda: ledger.attach(other, part),  # its origin would be one
+        lambda: ledger.attach(room, other),  # it has parts of its own
+        lambda: ledger.attach(STRANGER, room),
+        lambda: ledger.attach(other, STRANGER),
+        lambda: ledger.detach(other),
+        lambda: ledger.detach(STRANGER),
+    )
+    for call in illegal:
+        with pytest.raises(InternalError):
+            call()
+    assert picture(ledger) == before
+    ledger.check()
+
+
+def test_nothing_is_a_part_of_itself() -> None:
+    ledger = Ledger(100)
+    room = ledger.reserve("conductor", Kind.HEADROOM, 50)
+    with pytest.raises(InternalError):
+        ledger.attach(room, room)
+
+
+# --- a cap that moves -------------------------------------------------------------------------------------------------
+
+
+def test_a_cap_that_falls_below_what_is_booked_takes_nothing_and_gives_nothing() -> None:
+    ledger = Ledger(100)
+    room = ledger.reserve("conductor", Kind.HEADROOM, 80)
+    ledger.set_cap(60)
+    ledger.check()
+    assert (ledger.allocated_bytes, ledger.overdrawn_bytes, ledger.free_bytes) == (80, 20, -20)
+    before = picture(ledger)
+    with pytest.raises(OverCap) as excess:
+        ledger.reserve("b", Kind.EXTERNAL, 1)
+    assert (excess.value.requested_bytes, excess.value.free_bytes) == (1, -20)
+    with pytest.raises(OverCap):
+        ledger.resize(room, 81)
+    assert picture(ledger) == before
+
+
+def test_beyond_the_cap_bytes_still_change_hands_and_come_back() -> None:
+    ledger = Ledger(100)
+    room = ledger.reserve("conductor", Kind.HEADROOM, 80)
+    ledger.set_cap(0)
+    part = ledger.split(room, "a", Kind.CONTEXT, 30)
+    assert ledger.reserve("b", Kind.EXTERNAL, 0)
+    ledger.detach(part)
+    ledger.resize(room, 20)
+    assert ledger.release(part) == 30
+    assert ledger.overdrawn_bytes == 20
+    ledger.check()
+
+
+def test_what_was_given_back_beyond_the_cap_is_not_had_again() -> None:
+    ledger = Ledger(100)
+    room = ledger.reserve("conductor", Kind.HEADROOM, 80)
+    ledger.set_cap(60)
+    ledger.resize(room, 70)
+    with pytest.raises(OverCap):
+        ledger.resize(room, 71)
+    ledger.resize(room, 60)
+    assert ledger.overdrawn_bytes == 0
+    ledger.set_cap(100)
+    ledger.resize(room, 100)
+    ledger.check()
+
+
+def test_a_cap_that_is_set_to_what_it_is_changes_nothing() -> None:
+    ledger = Ledger(100)
+    before = picture(ledger)
+    ledger.set_cap(100)
+    assert picture(ledger) == before
+    with pytest.raises(InternalError):
+        ledger.set_cap(-1)
+    assert picture(ledger) == before
+
+
+# --- all of it --------------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("bytes", [-1, -(2**63)])
 def test_negative_bytes_are_our_bug_and_change_nothing(bytes: int) -> None:
     ledger = Ledger(100)
@@ -190,106 +300,3 @@ def test_no_byte_without_a_holder() -> None:
     with pytest.raises(InternalError):
         ledger.split(whole, "", Kind.CONTEXT, 10)
     assert picture(ledger) == before
-
-
-class LedgerAgainstADict(RuleBasedStateMachine):
-    """The model: sizes by id, parts by id, plain arithmetic. Sizes are drawn far beyond the cap on purpose."""
-
-    CAP = 1000
-    operations = 0
-
-    wholes = Bundle("wholes")
-    parts = Bundle("parts")
-    sizes = st.integers(0, 400) | st.integers(0, 2 * CAP)
-
-    @initialize()
-    def open_the_books(self) -> None:
-        self.ledger = Ledger(self.CAP)
-        self.model: dict[ReservationId, int] = {}
-        self.origins: dict[ReservationId, ReservationId] = {}
-
-    def expect(self, error: type[Exception] | None, call: Callable[[], object]) -> object:
-        type(self).operations += 1
-        before = picture(self.ledger)
-        if error is None:
-            return call()
-        with pytest.raises(error):
-            call()
-        assert picture(self.ledger) == before
-        return None
-
-    @property
-    def free(self) -> int:
-        return self.CAP - sum(self.model.values())
-
-    @rule(target=wholes, holder=st.sampled_from("abc"), kind=st.sampled_from(Kind), bytes=sizes)
-    def reserve(self, holder: str, kind: Kind, bytes: int) -> object:
-        fits = bytes <= self.free
-        id = self.expect(None if fits else OverCap, lambda: self.ledger.reserve(holder, kind, bytes))
-        if id is None:
-            return STRANGER
-        assert id not in self.model
-        self.model[id] = bytes
-        return id
-
-    @rule(id=wholes | parts, bytes=sizes)
-    def resize(self, id: ReservationId, bytes: int) -> None:
-        if id not in self.model:
-            self.expect(UnknownReservation, lambda: self.ledger.resize(id, bytes))
-        elif bytes - self.model[id] > max(0, self.free):
-            self.expect(OverCap, lambda: self.ledger.resize(id, bytes))
-        else:
-            self.expect(None, lambda: self.ledger.resize(id, bytes))
-            self.model[id] = bytes
-
-    @rule(id=wholes | parts)
-    def release(self, id: ReservationId) -> None:
-        if id not in self.model:
-            self.expect(UnknownReservation, lambda: self.ledger.release(id))
-        elif id in self.origins or id in self.origins.values():
-            self.expect(InternalError, lambda: self.ledger.release(id))
-        else:
-            assert self.expect(None, lambda: self.ledger.release(id)) == self.model.pop(id)
-
-    @rule(target=parts, id=wholes | parts, holder=st.sampled_from("abc"), share=st.integers(0, 120))
-    def split(self, id: ReservationId, holder: str, share: int) -> object:
-        bytes = self.model.get(id, 0) * share // 100
-        error = UnknownReservation if id not in self.model else None
-        if error is None and (bytes > self.model[id] or id in self.origins):
-            error = InternalError
-        part = self.expect(error, lambda: self.ledger.split(id, holder, Kind.CONTEXT, bytes))
-        if part is None:
-            return STRANGER
-        self.model[id] -= bytes
-        self.model[part] = bytes
-        self.origins[part] = id
-        return part
-
-    @rule(id=consumes(parts) | wholes)
-    def join(self, id: ReservationId) -> None:
-        if id not in self.model:
-            self.expect(UnknownReservation, lambda: self.ledger.join(id))
-        elif id not in self.origins:
-            self.expect(InternalError, lambda: self.ledger.join(id))
-        else:
-            assert self.expect(None, lambda: self.ledger.join(id)) == self.model[id]
-            self.model[self.origins.pop(id)] += self.model.pop(id)
-
-    @invariant()
-    def they_agree(self) -> None:
-        self.ledger.check()
-        assert self.ledger.allocated_bytes == sum(self.model.values()) <= self.CAP
-        assert {r.id: r.bytes for r in self.ledger.snapshot()} == {id: size for id, size in self.model.items() if size}
-        leases = {id: size for id, size in self.model.items() if id not in self.origins}
-        for part, origin in self.origins.items():
-            leases[origin] += self.model[part]
-        assert self.ledger.leases() == leases
-
-
-def test_ten_thousand_random_operations_agree_with_a_dict() -> None:
-    LedgerAgainstADict.operations = 0
-    run_state_machine_as_test(
-        LedgerAgainstADict,
-        settings=settings(max_examples=125, stateful_step_count=100, deadline=None, suppress_health_check=list(HealthCheck)),
-    )
-    assert LedgerAgainstADict.operations >= 10_000

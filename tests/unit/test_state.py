@@ -1,6 +1,8 @@
 """Admission as stories: what is booked when, what a refusal leaves, and what measuring changes.
 
-See also: `test_state_waitlist.py`, `test_state_turns.py`, `test_state_leaving.py`, and `test_state_machine.py` for all at once.
+Shared agents, mostly. See also: `test_state_room.py`, `test_state_classes.py`, `test_state_guaranteed.py`,
+`test_state_waitlist.py`, `test_state_turns.py`, `test_state_growth.py`, `test_state_shrinking.py`, `test_state_leaving.py`,
+`test_state_drift.py`, `test_state_host_memory.py`, and `test_state_machine.py` for all at once.
 """
 
 from __future__ import annotations
@@ -73,11 +75,11 @@ def test_agents_of_different_models_share_the_promise_of_one_live_context(given:
     assert stage.booked == 3 * 100 + 80
 
 
-def test_each_live_context_that_is_allowed_is_promised(given: Callable[..., Stage]) -> None:
-    stage = given(cap=1000, live_contexts=2)
+def test_one_turn_is_promised_however_many_contexts_may_be_live(given: Callable[..., Stage]) -> None:
+    stage = given(cap=1000, live_contexts=3)
     for agent, plan, context in (("a", ALPHA, 50), ("b", BETA, 80), ("c", GAMMA, 30)):
         stage.has(agent, plan, context=context)
-    assert stage.booked == 3 * 100 + 80 + 50
+    assert stage.booked == 3 * 100 + 80
 
 
 def test_every_booked_byte_has_a_holder_and_a_kind(given: Callable[..., Stage]) -> None:
@@ -131,7 +133,7 @@ def test_an_id_can_be_registered_once_whatever_its_first_registration_is_waiting
     loading = stage.registers("a", ALPHA)
     stage.registers("a", ALPHA).failed_with(DuplicateAgent)
     stage.loaded(ALPHA)
-    assert loading.admission
+    assert loading.is_admitted
     stage.registers("a", BETA).failed_with(DuplicateAgent)
     waiting = stage.registers("b", BETA, may_wait=True)
     before = stage.picture()
@@ -143,13 +145,13 @@ def test_an_id_can_be_registered_once_whatever_its_first_registration_is_waiting
     stage.registers("c", BETA).failed_with(DuplicateAgent)
     stage.settle()
     assert leaving.is_done
-    assert waiting.admission
+    assert waiting.is_admitted
     assert deferred.refusal.code is RefusalCode.CAP
 
 
 def test_a_refused_id_is_free_again(given: Callable[..., Stage]) -> None:
     stage = given(cap=150)
-    assert stage.registers("a", ALPHA, context=51).refusal
+    assert stage.registers("a", ALPHA, context=51).is_refused
     stage.has("a", ALPHA, context=50)
 
 
@@ -246,8 +248,8 @@ def test_deferred_registrations_keep_their_order_while_another_model_unloads_fir
     stage.unloaded(ALPHA.id)
     assert stage.engine.todo == [actions.UnloadModel(BETA.id), actions.LoadModel(ALPHA)]
     stage.settle()
-    assert first.admission
-    assert second.admission
+    assert first.is_admitted
+    assert second.is_admitted
 
 
 def test_a_deferred_registration_may_be_abandoned(given: Callable[..., Stage]) -> None:
@@ -302,6 +304,17 @@ def test_nobody_can_release_what_an_agent_or_the_conductor_holds(given: Callable
     for id in (*ids, "r999", ""):
         stage.releases(id).failed_with(UnknownReservation)
     assert stage.picture() == before
+
+
+def test_bytes_whose_id_nobody_received_are_given_back(given: Callable[..., Stage]) -> None:
+    stage = given(cap=100)
+    call, other = stage.reserves("trainer", 60), stage.reserves("renderer", 10)
+    stage.forgets_to_reserve(call)
+    assert stage.booked == 10
+    stage.releases(call.reservation).failed_with(UnknownReservation)
+    stage.releases(other.reservation)
+    stage.forgets_to_reserve(other)
+    assert stage.booked == 0, "and bytes that were given back are not given back twice"
 
 
 def test_a_dead_outsiders_bytes_come_back_and_the_others_stay(given: Callable[..., Stage]) -> None:

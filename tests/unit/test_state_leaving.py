@@ -8,8 +8,9 @@ import pytest
 
 from conductor.core import actions
 from conductor.errors import DecodeFailed, TurnCancelled, UnknownAgent
-from conductor.types import AgentId
-from tests.support.stories import ALPHA, BETA, Call, Stage, TurnCall, stages
+from conductor.types import AgentId, KvPlace
+from tests.support.calls import Call, TurnCall
+from tests.support.stories import ALPHA, BETA, Stage, stages
 
 A = AgentId("a")
 
@@ -62,7 +63,7 @@ def test_leaving_with_nothing_live(pair: Stage, leave: Leave) -> None:
 def test_leaving_with_an_idle_live_context_closes_it_unsaved(pair: Stage, leave: Leave) -> None:
     pair.converses("a")
     leaving = leave(pair)
-    assert pair.engine.todo == [actions.CloseContext(A, save=False)]
+    assert pair.engine.todo == [actions.CloseContext(A, KvPlace.TOKENS)]
     assert_a_is_gone(pair, leaving)
 
 
@@ -95,7 +96,7 @@ def test_leaving_while_its_turn_runs_stops_the_turn_and_waits_for_its_step(pair:
     next_turn.failed_with(TurnCancelled)
     assert [type(work) for work in pair.engine.todo] == [actions.RunTurn], "a context is not closed under a step"
     pair.finished(running)
-    assert pair.engine.todo == [actions.CloseContext(A, save=False)]
+    assert pair.engine.todo == [actions.CloseContext(A, KvPlace.TOKENS)]
     assert_a_is_gone(pair, leaving)
 
 
@@ -105,7 +106,7 @@ def test_leaving_while_its_context_opens_closes_it_once_it_is_there(pair: Stage,
     leaving = leave(pair)
     turn.failed_with(TurnCancelled)
     pair.opened("a")
-    assert pair.engine.todo == [actions.CloseContext(A, save=False)]
+    assert pair.engine.todo == [actions.CloseContext(A, KvPlace.TOKENS)]
     assert_a_is_gone(pair, leaving)
 
 
@@ -134,7 +135,7 @@ def test_leaving_while_its_context_closes_for_another(pair: Stage, leave: Leave)
     pair.converses("a")
     turn = pair.asks("b")
     leaving = leave(pair)
-    assert pair.engine.todo == [actions.CloseContext(A, save=True)]
+    assert pair.engine.todo == [actions.CloseContext(A, KvPlace.HOST)]
     pair.closed("a")
     assert turn.waits
     assert_a_is_gone(pair, leaving)
@@ -146,7 +147,7 @@ def test_unregistering_while_the_model_loads_is_too_early(given: Callable[..., S
     call = stage.registers("a", ALPHA)
     stage.unregisters("a").failed_with(UnknownAgent)
     stage.loaded(ALPHA)
-    assert call.admission
+    assert call.is_admitted
 
 
 def test_an_owner_that_dies_while_the_model_loads_leaves_it_to_be_unloaded(given: Callable[..., Stage]) -> None:
@@ -174,7 +175,7 @@ def test_a_newcomer_to_a_model_whose_loader_died_is_admitted_all_the_same(given:
     stage.dies("worker of a")
     call = stage.registers("b", ALPHA)
     stage.loaded(ALPHA)
-    assert call.admission
+    assert call.is_admitted
 
 
 def test_a_death_takes_all_agents_of_its_owner_and_their_model_once(given: Callable[..., Stage]) -> None:

@@ -1,8 +1,8 @@
 """Everything at once: random callers, an engine whose answers come in random order and sometimes fail.
 
-`Stage` checks after each event that the state's invariants hold, that the books say what the engine holds, that nobody is
-answered twice, that the engine is never asked for the impossible, and that nobody waits for an engine that is idle.
-At the end everybody goes, and `wind_up` wants one answer for each call and every byte back.
+`Stage` checks after each event what `support/scrutiny.py` says, that nobody is answered twice, that turns of one agent keep their
+order, and that the engine is never asked for the impossible. At the end the engine must come to rest, strangers or not; then
+everybody goes, and `wind_up` wants one answer for each call and every byte back.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies
+from typing_extensions import assert_never
 
 from conductor.core import actions
 from conductor.core.estimate import ModelPlan
 from conductor.errors import AdmissionRefused, DecodeFailed
 from conductor.types import AgentId
+from tests.support.calls import TurnCall
 from tests.support.stories import Stage, model
 
 SEEDS = range(40)
@@ -25,6 +27,7 @@ STEPS = 500
 AGENTS = [f"agent-{i}" for i in range(9)]
 OWNERS = ["worker-1", "worker-2", "worker-3", None]
 WINDOWS = [0, 30, 50, 80, 400]
+CLASSES = ["shared", "shared", "best_effort", "guaranteed"]
 
 
 class RandomWorld:
@@ -38,6 +41,12 @@ class RandomWorld:
             live_contexts=self.random.choice([1, 1, 2, 3]),
             waitlist_limit=self.random.choice([0, 2, 5]),
             overhead=self.random.choice([0, 20]),
+            host_bytes=self.random.choice([0, 40, 100, 1000]),
+            disk_bytes=self.random.choice([0, 0, 50, 1000]),
+            turn_queue_limit=self.random.choice([3, 1000]),
+            ageing_s=self.random.choice([1.0, 60.0]),
+            idle_shrink_s=self.random.choice([None, 0.0, 5.0]),
+            idle_ttl_s=self.random.choice([None, None, None, 50.0]),
         )
         #: what may happen, and how often
         self.happenings: list[tuple[Callable[[], None], int]] = [
@@ -50,6 +59,10 @@ class RandomWorld:
             (self.an_owner_dies, 2),
             (self.an_outsider_reserves, 2),
             (self.an_outsider_releases, 2),
+            (self.an_outsider_goes_away, 1),
+            (self.time_passes, 4),
+            (self.strangers_come_and_go, 2),
+            (self.a_turn_runs_out_of_time, 2),
         ]
 
     def step(self) -> None:
@@ -59,18 +72,21 @@ class RandomWorld:
     # --- callers ----------------------------------------------------------------------------------------------------
 
     def somebody_registers(self) -> None:
-        agent = self.random.choice(AGENTS)
+        agent, window = self.random.choice(AGENTS), self.random.choice(WINDOWS)
+        ladder = tuple(rung for rung in (10, 20, 35) if rung < window)
         self.stage.registers(
             agent,
             self.random.choice(self.models),
-            context=self.random.choice(WINDOWS),
+            context=window,
+            ladder=self.random.choice([(), ladder]),
+            kind=self.random.choice(CLASSES),
             priority=self.random.choice([-1, 0, 0, 0, 1]),
             may_wait=self.random.random() < 0.5,
             owner=self.random.choice(OWNERS),
         )
 
     def a_registrant_goes_away_or_loses_patience(self) -> None:
-        calls = [call for call in self.stage.calls.values() if not call.cancelled and call.about.startswith("Register")]
+        calls = [call for call in self.stage.calls.values() if not call.cancelled and call.is_registration]
         pending = [call for call in calls if call.waits]
         if calls:
             call = self.random.choice(pending or calls[-5:])
@@ -82,6 +98,16 @@ class RandomWorld:
     def a_turn_is_given_up(self) -> None:
         if turns := [turn for turn in self.stage.turns.values() if not turn.endings]:
             self.stage.gives_up(self.random.choice(turns))
+
+    def a_turn_runs_out_of_time(self) -> None:
+        if turns := [turn for turn in self.stage.turns.values() if not turn.endings]:
+            self.stage.runs_out_of_time(self.random.choice(turns))
+
+    def time_passes(self) -> None:
+        self.stage.passes(self.random.choice([0.1, 1.0, 20.0]))
+
+    def strangers_come_and_go(self) -> None:
+        self.stage.reads_device(strangers=self.random.choice([0, 0, 10, 100, 300, 1000]))
 
     def somebody_unregisters(self) -> None:
         self.stage.unregisters(self.random.choice(AGENTS))
@@ -96,6 +122,12 @@ class RandomWorld:
         booked = [reservation.id for reservation in self.stage.state.ledger.snapshot()]
         self.stage.releases(self.random.choice([*booked, *self.stage.state.books.external, "r0"]))
 
+    def an_outsider_goes_away(self) -> None:
+        """Before it had an answer, or at once after."""
+        calls = [call for call in self.stage.calls.values() if call.is_reservation and not call.cancelled]
+        if calls:
+            self.stage.forgets_to_reserve(self.random.choice([call for call in calls if call.waits] or calls[-3:]))
+
     # --- the engine -------------------------------------------------------------------------------------------------
 
     def the_engine_does_something(self) -> None:
@@ -107,10 +139,25 @@ class RandomWorld:
                 self.load(plan, fails=fails)
             case actions.OpenContext(agent_id):
                 self.open(agent_id, fails=fails)
-            case actions.RunTurn(turn_id):
-                self.stage.finished(self.stage.turns[turn_id], tokens=self.random.randrange(20))
+            case actions.RunTurn(turn_id, agent_id, room):
+                self.run(self.stage.turns[turn_id], agent_id, room)
+            case actions.MoveKv(agent_id):
+                self.stage.moved(agent_id, fails=fails, takes_s=self.random.choice([1e-9, 1e-6, 1.0]))
+            case actions.CloseContext() | actions.UnloadModel():
+                with self.stage.at_once():
+                    self.stage.does(work)
+                    self.random.choice([self.time_passes, self.strangers_come_and_go])()
             case _:
-                self.stage.does(work)
+                assert_never(work)
+
+    def run(self, turn: TurnCall, agent_id: AgentId, room: int) -> None:
+        window, chance = self.stage.state.agents[agent_id].spec.context.window, self.random.random()
+        if room < window and chance < 0.3:
+            desired = self.random.randrange(room + 1, window + 1)
+            self.stage.outgrew(turn, tokens=self.random.randrange(room, desired), desired=desired)
+        else:
+            tokens = self.random.randrange(min(self.random.choice([20, window]), room) + 1)
+            self.stage.finished(turn, tokens=tokens, prefill_s_per_token=self.random.choice([None, 1e-9, 1e-3]))
 
     def load(self, plan: ModelPlan, *, fails: bool) -> None:
         if fails:
@@ -122,9 +169,9 @@ class RandomWorld:
         if fails:
             self.stage.open_failed(agent_id, DecodeFailed(agent_id, "no memory"))
             return
-        price = self.stage.state.books.price(self.stage.state.agents[agent_id].spec)
-        takes = max(0, price + self.random.choice([-10, 0, 0, 0, 0, 3, 30]))
-        self.stage.opened(agent_id, takes=takes, kv_lost=self.random.random() < 0.1)
+        more = self.random.choice([-10, 0, 0, 0, 0, 3, 30])
+        tells = more == 0 or self.random.random() < 0.9
+        self.stage.opened(agent_id, takes_more=more if tells else 0, kv_lost=self.random.random() < 0.1, tells=tells)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -133,6 +180,8 @@ def test_whatever_happens_the_books_balance_and_everybody_is_answered_once(seed:
     try:
         for _ in range(STEPS):
             world.step()
+        if seed % 5 == 0:
+            world.stage.closes_down()
         world.stage.wind_up()
     except Exception:
         print(f"seed {seed}, after {len(world.stage.history)} events, the last of them:")

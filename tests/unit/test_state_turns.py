@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from conductor.core import actions
-from conductor.errors import AdmissionRefused, DecodeFailed, RefusalCode, TurnCancelled, UnknownAgent
+from conductor.errors import AdmissionRefused, DecodeFailed, RefusalCode, TurnCancelled, TurnQueueFull, TurnTimedOut, UnknownAgent
 from conductor.types import AgentId, KvPlace
-from tests.support.stories import ALPHA, BETA, GAMMA, Stage, stages
+from tests.support.calls import TurnCall
+from tests.support.stories import ALPHA, BETA, GAMMA, Stage, model, stages
 
 A = AgentId("a")
+DELTA = model("delta")
 
 
 @pytest.fixture
@@ -27,6 +29,23 @@ def crew(given: Callable[..., Stage]) -> Stage:
     for agent, plan in (("a", ALPHA), ("b", BETA), ("c", GAMMA)):
         stage.has(agent, plan, context=100)
     return stage
+
+
+def whereabouts(stage: Stage) -> tuple[KvPlace, int, int]:
+    """Of agent `a`: where its KV is, the tokens of its session, the bytes saved."""
+    agent = stage.state.agents[A]
+    return agent.place, agent.tokens, stage.state.kv_books.saved_bytes(agent)
+
+
+def order_of_service(stage: Stage) -> list[TurnCall]:
+    """The engine does everything, in order; the turns as they began."""
+    order: list[TurnCall] = []
+    while stage.engine.todo:
+        work = stage.engine.todo[0]
+        if isinstance(work, actions.RunTurn):
+            order.append(stage.turns[work.turn_id])
+        stage.does(work)
+    return order
 
 
 # --- the swap ---------------------------------------------------------------------------------------------------------
@@ -53,7 +72,7 @@ def test_a_switch_moves_bytes_between_holders_and_books_none(crew: Stage) -> Non
 def test_a_swap_closes_then_opens_then_runs(crew: Stage) -> None:
     crew.converses("a")
     turn = crew.asks("b")
-    assert crew.engine.todo == [actions.CloseContext(A, save=True)]
+    assert crew.engine.todo == [actions.CloseContext(A, KvPlace.HOST)]
     crew.closed("a")
     assert [type(work) for work in crew.engine.todo] == [actions.OpenContext]
     crew.opened("b")
@@ -62,12 +81,11 @@ def test_a_swap_closes_then_opens_then_runs(crew: Stage) -> None:
 
 
 def test_the_records_say_where_an_agents_kv_is(crew: Stage) -> None:
-    agent = crew.state.agents[A]
-    assert (agent.place, agent.tokens, agent.host_bytes) == (KvPlace.TOKENS, 0, 0)
+    assert whereabouts(crew) == (KvPlace.TOKENS, 0, 0)
     crew.converses("a", tokens=10)
-    assert (agent.place, agent.tokens, agent.host_bytes) == (KvPlace.SLOT, 10, 0)
+    assert whereabouts(crew) == (KvPlace.SLOT, 10, 0)
     crew.converses("b")
-    assert (agent.place, agent.tokens, agent.host_bytes) == (KvPlace.HOST, 10, 20)
+    assert whereabouts(crew) == (KvPlace.HOST, 10, 20)
 
 
 def test_kv_that_could_not_be_used_is_not_called_restored(crew: Stage) -> None:
@@ -101,6 +119,7 @@ def test_with_places_enough_nobody_is_evicted(given: Callable[..., Stage]) -> No
     stage.has("b", BETA)
     for agent in "abab":
         assert stage.converses(agent).evidence == (None, False, 0)
+    assert stage.booked == 300, "both contexts are live; 50 bytes of them are beyond the promise, and there while nobody asks"
 
 
 def test_the_one_used_longest_ago_makes_room(given: Callable[..., Stage]) -> None:
@@ -128,13 +147,7 @@ def test_turns_of_different_models_run_side_by_side_where_contexts_may(given: Ca
 
 def test_turns_are_taken_in_the_order_of_their_arrival(crew: Stage) -> None:
     turns = [crew.asks(agent) for agent in "abcab"]
-    order = []
-    while crew.engine.todo:
-        work = crew.engine.todo[0]
-        if isinstance(work, actions.RunTurn):
-            order.append(crew.turns[work.turn_id])
-        crew.does(work)
-    assert order == turns
+    assert order_of_service(crew) == turns
 
 
 def test_one_agents_turns_never_overlap_and_keep_their_order(crew: Stage) -> None:
@@ -162,12 +175,27 @@ def test_a_higher_priority_is_served_first(given: Callable[..., Stage]) -> None:
     stage.settle()
 
 
+def test_whoever_waits_grows_in_priority_so_a_stream_of_urgent_ones_keeps_nobody_out(given: Callable[..., Stage]) -> None:
+    stage = given(cap=1000, ageing_s=60.0)
+    for agent, plan, priority in (("a", ALPHA, 0), ("b", BETA, 0), ("c", GAMMA, 2), ("d", DELTA, 2)):
+        stage.has(agent, plan, priority=priority)
+    running = stage.asks("a")
+    stage.opened("a")
+    patient = stage.asks("b")
+    stage.passes(119.0)
+    urgent = stage.asks("c")
+    stage.passes(2.0)
+    too_late = stage.asks("d")
+    stage.finished(running)
+    assert order_of_service(stage) == [urgent, patient, too_late]
+
+
 def test_an_agent_that_is_not_admitted_yet_has_no_turns(given: Callable[..., Stage]) -> None:
     stage = given(cap=1000)
     stage.registers("a", ALPHA)
     stage.asks("a").failed_with(UnknownAgent)
     stage.loaded(ALPHA)
-    assert stage.converses("a")
+    stage.converses("a")
 
 
 def test_everybody_admitted_gets_its_turn_on_a_full_ledger(given: Callable[..., Stage]) -> None:
@@ -228,6 +256,67 @@ def test_a_turn_given_up_while_another_agent_is_evicted_for_it_leaves_the_place_
     assert crew.converses("c").evidence == (None, False, 0)
 
 
+# --- deadlines --------------------------------------------------------------------------------------------------------
+
+
+def test_a_turn_that_waits_too_long_is_told_what_it_waited_for_and_the_others_go_on(crew: Stage) -> None:
+    crew.has("a2", ALPHA, context=100)
+    running = crew.asks("a")
+    reasons = {
+        crew.asks("a2"): "a, an agent of the same model, is live",
+        crew.asks("b"): "turns of others to end",
+    }
+    crew.opened("a")
+    reasons[crew.asks("a")] = "an earlier turn of the same agent"
+    crew.at += 7.5
+    for turn, reason in reasons.items():
+        crew.runs_out_of_time(turn)
+        assert turn.failed_with(TurnTimedOut).reason == reason
+        assert turn.failed_with(TurnTimedOut).waited_s == 7.5
+    crew.finished(running)
+    assert crew.engine.todo == [], "nobody is evicted for those who gave up"
+
+
+def test_a_turn_whose_context_is_being_made_has_what_it_waited_for(crew: Stage) -> None:
+    """So that a turn that may not wait at all has its turn on an idle device, and after a swap that is only a moment's work."""
+    opening = crew.asks("a")
+    crew.runs_out_of_time(opening)
+    crew.opened("a")
+    crew.finished(opening)
+    swapping = crew.asks("b")
+    crew.runs_out_of_time(swapping)
+    crew.closed("a")
+    crew.opened("b")
+    assert swapping.runs
+    crew.finished(swapping)
+
+
+def test_a_turn_that_runs_has_what_it_waited_for(crew: Stage) -> None:
+    turn = crew.asks("a")
+    crew.opened("a")
+    before = crew.picture()
+    crew.runs_out_of_time(turn)
+    assert crew.picture() == before
+    assert turn.runs
+    crew.finished(turn)
+    crew.runs_out_of_time(turn)
+    assert len(turn.endings) == 1
+
+
+def test_the_line_of_turns_is_bounded(given: Callable[..., Stage]) -> None:
+    stage = given(cap=1000, turn_queue_limit=2)
+    stage.has("a", ALPHA)
+    running = stage.asks("a")
+    stage.opened("a")
+    waiting = [stage.asks("a"), stage.asks("a")]
+    before = stage.picture()
+    assert stage.asks("a").failed_with(TurnQueueFull).waiting == 2
+    assert stage.picture() == before
+    stage.gives_up(waiting[0])
+    assert stage.asks("a").waits
+    stage.finished(running)
+
+
 # --- what goes wrong --------------------------------------------------------------------------------------------------
 
 
@@ -247,7 +336,7 @@ def test_a_context_that_cannot_be_opened_fails_its_turn_and_nothing_else(crew: S
 def test_the_next_turn_of_the_same_agent_tries_again(crew: Stage) -> None:
     first, second = crew.asks("a"), crew.asks("a")
     crew.open_failed("a", DecodeFailed(A, "no memory"))
-    assert first.failed_with(DecodeFailed)
+    first.failed_with(DecodeFailed)
     crew.opened("a")
     assert second.runs
     crew.finished(second)
@@ -258,7 +347,7 @@ def test_a_measured_context_replaces_the_estimate_in_the_books(crew: Stage, take
     turn = crew.asks("a")
     crew.opened("a", takes=takes)
     assert turn.runs
-    assert crew.state.books.price(crew.state.agents[A].spec) == takes
+    assert crew.state.agents[A].context_bytes == takes
     assert crew.booked == booked, "b and c are promised 100 still"
     crew.finished(turn)
 
@@ -296,19 +385,8 @@ def test_a_context_too_large_for_the_books_refuses_the_turn_and_keeps_the_sessio
     stage.opened("a", takes=51)
     refusal = turn.failed_with(AdmissionRefused).refusal
     assert (refusal.code, refusal.requested_bytes, refusal.free_bytes) == (RefusalCode.CAP, 1, 0)
-    assert stage.engine.todo == [actions.CloseContext(A, save=True)]
+    assert stage.engine.todo == [actions.CloseContext(A, KvPlace.HOST)]
     assert stage.booked == 250
     stage.closed("a")
-    agent = stage.state.agents[A]
-    assert (agent.tokens, agent.place, agent.host_bytes) == (10, KvPlace.HOST, 20)
+    assert whereabouts(stage) == (KvPlace.HOST, 10, 20)
     assert stage.converses("a").evidence == (None, True, 20), "with the size it was promised it goes on where it was"
-
-
-def test_an_oversized_context_is_booked_where_there_is_room(given: Callable[..., Stage]) -> None:
-    stage = given(cap=151)
-    stage.has("a", ALPHA, context=50)
-    turn = stage.asks("a")
-    stage.opened("a", takes=51)
-    assert turn.runs
-    assert stage.booked == 151
-    stage.finished(turn)

@@ -1,45 +1,22 @@
-"""Whose turn is next: the seven numbered cases as stories, then what must hold of every plan."""
+"""Whose turn is next: the ten numbered rules as stories. See also: `test_turns_laws.py`, for what must hold of every plan."""
 
 from __future__ import annotations
 
-from hypothesis import given
-from hypothesis import strategies as st
+import pytest
 
-from conductor.core.events import TurnId
 from conductor.core.sessions import Phase
-from conductor.core.turns import Close, Occupant, Open, Start, Step, WaitingTurn, plan_turns
-from conductor.types import AgentId, ModelId
+from conductor.core.turns import Open, Start
+from conductor.types import ModelState
+from tests.support.moments import close, live, load, loose, open_, park, plan, start, turn
 
-
-def turn(id: int, agent: str, model: str) -> WaitingTurn:
-    return WaitingTurn(TurnId(id), AgentId(agent), ModelId(model))
-
-
-def live(agent: str, model: str, phase: Phase = Phase.READY, *, last_turn: int = 0) -> Occupant:
-    return Occupant(AgentId(agent), ModelId(model), phase, last_turn)
-
-
-def start(id: int, agent: str) -> Start:
-    return Start(TurnId(id), AgentId(agent))
-
-
-def open_(id: int, agent: str) -> Open:
-    return Open(TurnId(id), AgentId(agent))
-
-
-def close(agent: str, *, for_turn: int) -> Close:
-    return Close(AgentId(agent), TurnId(for_turn))
-
-
-def plan(waiting: list[WaitingTurn], places: list[Occupant], *, live_contexts: int = 1) -> list[Step]:
-    return plan_turns(waiting, places, live_contexts=live_contexts)
-
-
-# --- the seven cases --------------------------------------------------------------------------------------------------
+ON_ITS_WAY = (ModelState.LOADING, ModelState.UNLOADING)
 
 
 def test_nobody_waits_and_nothing_is_done() -> None:
     assert plan([], [live("a", "m")]) == []
+
+
+# --- 1: ready and large enough ----------------------------------------------------------------------------------------
 
 
 def test_1_an_agent_whose_context_is_ready_starts_at_once() -> None:
@@ -50,31 +27,73 @@ def test_1_of_two_turns_of_one_agent_only_the_first_starts() -> None:
     assert plan([turn(1, "a", "m"), turn(2, "a", "m")], [live("a", "m")]) == [start(1, "a")]
 
 
-def test_2_an_agent_whose_context_is_on_its_way_waits_for_it() -> None:
-    for phase in (Phase.OPENING, Phase.CLOSING, Phase.BUSY):
-        assert plan([turn(1, "a", "m")], [live("a", "m", phase)], live_contexts=2) == []
+def test_1_a_turn_that_waits_for_something_else_holds_up_the_later_turns_of_its_agent_and_nobody_else() -> None:
+    waiting = [turn(1, "a", "m", blocked=True), turn(2, "a", "m"), turn(3, "b", "n")]
+    assert plan(waiting, [live("a", "m"), live("b", "n")], live_contexts=2) == [start(3, "b")]
 
 
-def test_3_a_ready_context_of_the_same_model_closes_first_even_with_places_free() -> None:
+def test_1_the_context_of_a_turn_that_waits_for_something_else_makes_room_like_any_other() -> None:
+    waiting = [turn(1, "a", "m", blocked=True), turn(2, "b", "n")]
+    assert plan(waiting, [live("a", "m")]) == [close("a", for_turn=2)]
+
+
+@pytest.mark.parametrize(("window", "step"), [(100, start(1, "a")), (101, close("a", for_turn=1))])
+def test_1_a_turn_that_goes_on_needs_a_window_with_room_for_it_to_the_token(window: int, step: object) -> None:
+    assert plan([turn(1, "a", "m", window=window)], [live("a", "m", window=100)]) == [step]
+
+
+def test_1_whoever_is_ready_starts_even_where_strangers_took_the_room() -> None:
+    assert plan([turn(1, "a", "m", bytes=50)], [live("a", "m", bytes=50)], room=-10) == [start(1, "a")]
+
+
+# --- 2: ready and too small -------------------------------------------------------------------------------------------
+
+
+def test_2_a_context_that_is_too_small_is_closed_for_its_own_turn_and_nobody_elses_if_the_bytes_are_there() -> None:
+    waiting = [turn(1, "a", "m", bytes=80, window=80)]
+    places = [live("a", "m", bytes=50, window=50), live("b", "n", bytes=20)]
+    assert plan(waiting, places, live_contexts=2, room=100) == [close("a", for_turn=1)]
+
+
+def test_2_the_larger_context_takes_its_bytes_from_what_is_idle() -> None:
+    waiting = [turn(1, "a", "m", bytes=81, window=81)]
+    places = [live("a", "m", bytes=50, window=50), live("b", "n", bytes=20)]
+    assert plan(waiting, places, live_contexts=2, room=100) == [close("a", for_turn=1), close("b", for_turn=1)]
+
+
+def test_2_the_place_that_becomes_free_is_its_own_and_nobody_elses() -> None:
+    waiting = [turn(1, "a", "m", bytes=80, window=80), turn(2, "b", "n", bytes=10)]
+    assert plan(waiting, [live("a", "m", bytes=50, window=50)], room=1000) == [close("a", for_turn=1)]
+
+
+# --- 3: on its way, in or out, or busy --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("phase", [Phase.OPENING, Phase.CLOSING, Phase.BUSY])
+def test_3_an_agent_whose_context_is_on_its_way_or_busy_waits_for_it(phase: Phase) -> None:
+    assert plan([turn(1, "a", "m")], [live("a", "m", phase)], live_contexts=2) == []
+
+
+@pytest.mark.parametrize("phase", [Phase.OPENING, Phase.CLOSING, Phase.BUSY])
+def test_3_nobody_behind_it_is_held_up(phase: Phase) -> None:
+    waiting = [turn(1, "a", "m", bytes=50), turn(2, "b", "n", bytes=50)]
+    assert plan(waiting, [live("a", "m", phase, bytes=50)], live_contexts=2, room=100) == [open_(2, "b")]
+
+
+# --- 4: one live context for each model -------------------------------------------------------------------------------
+
+
+def test_4_a_ready_context_of_the_same_model_closes_first_even_with_places_free() -> None:
     assert plan([turn(1, "b", "m")], [live("a", "m")], live_contexts=3) == [close("a", for_turn=1)]
 
 
-def test_3_a_busy_context_of_the_same_model_is_waited_for_and_nobody_else_is_evicted() -> None:
+def test_4_a_busy_context_of_the_same_model_is_waited_for_and_nobody_else_is_evicted() -> None:
     places = [live("a", "m", Phase.BUSY), live("x", "n")]
     assert plan([turn(1, "b", "m")], places, live_contexts=2) == []
 
 
-def test_3_two_who_want_the_same_models_place_get_one_close() -> None:
+def test_4_two_who_want_the_same_models_place_get_one_close() -> None:
     assert plan([turn(1, "b", "m"), turn(2, "c", "m")], [live("a", "m")], live_contexts=2) == [close("a", for_turn=1)]
-
-
-def test_4_a_free_place_is_opened() -> None:
-    assert plan([turn(1, "a", "m")], []) == [open_(1, "a")]
-
-
-def test_4_each_free_place_is_given_once_in_order() -> None:
-    waiting = [turn(1, "a", "m"), turn(2, "b", "n"), turn(3, "c", "o")]
-    assert plan(waiting, [], live_contexts=2) == [open_(1, "a"), open_(2, "b")]
 
 
 def test_4_two_agents_of_one_model_never_open_together() -> None:
@@ -82,150 +101,231 @@ def test_4_two_agents_of_one_model_never_open_together() -> None:
     assert plan(waiting, [], live_contexts=3) == [open_(1, "a"), open_(3, "c")]
 
 
-def test_5_a_place_that_is_becoming_free_is_waited_for() -> None:
-    places = [live("a", "m", Phase.CLOSING), live("b", "n")]
-    assert plan([turn(1, "c", "o")], places, live_contexts=2) == []
-
-
-def test_5_a_place_that_is_becoming_free_is_waited_for_by_one_only() -> None:
-    places = [live("a", "m", Phase.CLOSING), live("b", "n")]
-    assert plan([turn(1, "c", "o"), turn(2, "d", "p")], places, live_contexts=2) == [close("b", for_turn=2)]
-
-
-def test_5_two_agents_of_a_closing_contexts_model_wait_for_one_place_not_for_two() -> None:
-    places = [live("a", "m", Phase.CLOSING), live("x", "n", Phase.CLOSING), live("y", "o")]
-    waiting = [turn(1, "b", "m"), turn(2, "c", "m"), turn(3, "d", "p")]
-    assert plan(waiting, places, live_contexts=3) == [], "x's place is becoming free for d: y may stay"
-
-
-def test_5_a_place_that_an_agent_of_its_model_waits_for_is_no_other_models() -> None:
-    places = [live("a", "m", Phase.CLOSING), live("y", "n")]
-    waiting = [turn(1, "b", "m"), turn(2, "d", "p")]
-    assert plan(waiting, places, live_contexts=2) == [close("y", for_turn=2)]
-
-
-def test_6_the_context_used_longest_ago_is_closed() -> None:
-    places = [live("a", "m", last_turn=2), live("b", "n", last_turn=1), live("c", "o", last_turn=3)]
-    assert plan([turn(1, "d", "p")], places, live_contexts=3) == [close("b", for_turn=1)]
-
-
-def test_6_busy_contexts_are_left_alone_however_long_ago_they_began() -> None:
-    places = [live("a", "m", Phase.BUSY, last_turn=1), live("b", "n", last_turn=2)]
-    assert plan([turn(1, "c", "o")], places, live_contexts=2) == [close("b", for_turn=1)]
-
-
-def test_6_a_ready_agent_that_is_first_in_line_itself_is_not_evicted() -> None:
-    places = [live("a", "m", last_turn=1), live("b", "n", last_turn=2)]
-    waiting = [turn(1, "a", "m"), turn(2, "c", "o")]
-    assert plan(waiting, places, live_contexts=2) == [start(1, "a"), close("b", for_turn=2)]
-
-
-def test_6_whoever_is_further_back_in_line_gives_way() -> None:
-    assert plan([turn(1, "b", "n"), turn(2, "a", "m")], [live("a", "m")]) == [close("a", for_turn=1)]
-
-
-def test_7_otherwise_one_waits() -> None:
-    assert plan([turn(1, "b", "n")], [live("a", "m", Phase.BUSY)]) == []
-    assert plan([turn(1, "b", "n")], [live("a", "m", Phase.OPENING)]) == []
-
-
-def test_6_a_second_agent_of_the_same_model_evicts_nobody_it_has_to_wait_for_the_first_anyway() -> None:
+def test_4_a_second_agent_of_the_same_model_evicts_nobody_it_has_to_wait_for_the_first_anyway() -> None:
     places = [live("x", "n", last_turn=1), live("y", "o", last_turn=2)]
     waiting = [turn(1, "b", "m"), turn(2, "c", "m")]
     assert plan(waiting, places, live_contexts=2) == [close("x", for_turn=1)]
 
 
-# --- every plan -------------------------------------------------------------------------------------------------------
-
-MODELS = "mnopq"
-AGENTS = [f"{model}{i}" for model in MODELS for i in range(3)]
-
-
-@st.composite
-def moments(draw: st.DrawFn) -> tuple[list[WaitingTurn], list[Occupant], int]:
-    """A legal picture: at most one live context a model, at most `live_contexts`."""
-    live_contexts = draw(st.integers(1, 4))
-    models = draw(st.lists(st.sampled_from(MODELS), unique=True, max_size=live_contexts))
-    places = [
-        live(f"{model}{draw(st.integers(0, 2))}", model, draw(st.sampled_from(Phase)), last_turn=draw(st.integers(0, 9)))
-        for model in models
-    ]
-    waiting = [turn(id, agent, agent[0]) for id, agent in enumerate(draw(st.lists(st.sampled_from(AGENTS), max_size=8)))]
-    return waiting, places, live_contexts
+def test_4_a_guaranteed_agents_context_of_the_same_model_is_no_rival() -> None:
+    places = [live("g", "m", Phase.BUSY, guaranteed=True, bytes=70)]
+    assert plan([turn(1, "a", "m", bytes=50)], places, room=50) == [open_(1, "a")]
 
 
-@given(moments())
-def test_places_and_models_are_never_taken_twice(moment: tuple[list[WaitingTurn], list[Occupant], int]) -> None:
-    waiting, places, live_contexts = moment
-    steps = plan(waiting, places, live_contexts=live_contexts)
-    model_of = {turn.agent_id: turn.model_id for turn in waiting}
-    opened = [model_of[step.agent_id] for step in steps if isinstance(step, Open)]
-    taken = [*(place.model_id for place in places), *opened]
-    assert len(taken) <= live_contexts
-    assert len(set(taken)) == len(taken)
+def test_4_a_rivals_context_that_brings_too_few_bytes_is_not_the_only_one_to_go() -> None:
+    places = [live("a", "m", bytes=30), live("b", "n", bytes=70)]
+    steps = plan([turn(1, "c", "m", bytes=50)], places, live_contexts=3, room=100)
+    assert steps == [close("a", for_turn=1), close("b", for_turn=1)]
 
 
-@given(moments())
-def test_no_agent_gets_two_steps_and_each_is_one_it_can_take(moment: tuple[list[WaitingTurn], list[Occupant], int]) -> None:
-    waiting, places, live_contexts = moment
-    steps = plan(waiting, places, live_contexts=live_contexts)
-    assert len({step.agent_id for step in steps}) == len(steps)
-    phases = {place.agent_id: place.phase for place in places}
-    for step in steps:
-        assert phases.get(step.agent_id) is (None if isinstance(step, Open) else Phase.READY)
+# --- 5: it would not fit even if all others left ----------------------------------------------------------------------
 
 
-@given(moments())
-def test_each_step_is_for_the_first_waiting_turn_of_its_agent(moment: tuple[list[WaitingTurn], list[Occupant], int]) -> None:
-    waiting, places, live_contexts = moment
-    first: dict[AgentId, TurnId] = {}
-    for waiter in waiting:
-        first.setdefault(waiter.agent_id, waiter.id)
-    for step in plan(waiting, places, live_contexts=live_contexts):
-        if isinstance(step, Close):
-            assert step.for_turn in first.values()
-        else:
-            assert step.turn_id == first[step.agent_id]
+def test_5_a_turn_that_no_eviction_makes_room_for_waits_without_holding_anybody_up() -> None:
+    waiting = [turn(1, "a", "m", bytes=101), turn(2, "b", "n", bytes=100)]
+    assert plan(waiting, [], room=100) == [open_(2, "b")]
 
 
-@given(moments())
-def test_the_first_in_line_gets_a_step_unless_what_it_needs_is_on_its_way(
-    moment: tuple[list[WaitingTurn], list[Occupant], int],
+def test_5_it_evicts_nobody_in_vain() -> None:
+    assert plan([turn(1, "a", "m", bytes=101)], [live("b", "m", bytes=50), live("c", "n")], live_contexts=2, room=100) == []
+
+
+def test_5_the_weights_that_it_would_have_to_load_count() -> None:
+    models = [loose("m", ModelState.PARKED, bytes=60)]
+    waiting = [turn(1, "a", "m", bytes=41), turn(2, "b", "n", bytes=41)]
+    assert plan(waiting, [], models, room=100) == [open_(2, "b")]
+
+
+def test_5_the_weights_that_are_there_already_count_as_well_they_stay_while_its_turn_runs() -> None:
+    models = [loose("m", ModelState.RESIDENT, bytes=60)]
+    waiting = [turn(1, "a", "m", bytes=41), turn(2, "b", "n", bytes=40)]
+    assert plan(waiting, [], models, room=100) == [open_(2, "b")]
+
+
+# --- 6: its model's weights are on their way --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("state", ON_ITS_WAY)
+def test_6_weights_on_their_way_are_waited_for(state: ModelState) -> None:
+    assert plan([turn(1, "a", "m", bytes=40)], [], [loose("m", state, bytes=60)], room=1000) == []
+
+
+def test_6_the_room_that_its_context_will_need_is_kept_for_it() -> None:
+    models = [loose("m", ModelState.LOADING, bytes=60)]
+    waiting = [turn(1, "a", "m", bytes=30), turn(2, "b", "n", bytes=11)]
+    assert plan(waiting, [], models, live_contexts=2, room=100) == []
+    assert plan(waiting, [], models, live_contexts=2, room=101) == [open_(2, "b")]
+
+
+def test_6_so_is_its_place() -> None:
+    waiting = [turn(1, "a", "m"), turn(2, "b", "n")]
+    assert plan(waiting, [], [loose("m", ModelState.LOADING)], live_contexts=1, room=1000) == []
+
+
+# --- 7: a place and the bytes are free --------------------------------------------------------------------------------
+
+
+def test_7_a_free_place_is_opened() -> None:
+    assert plan([turn(1, "a", "m")], []) == [open_(1, "a")]
+
+
+def test_7_each_free_place_is_given_once_in_order() -> None:
+    waiting = [turn(1, "a", "m"), turn(2, "b", "n"), turn(3, "c", "o")]
+    assert plan(waiting, [], live_contexts=2) == [open_(1, "a"), open_(2, "b")]
+
+
+@pytest.mark.parametrize(("room", "steps"), [(100, [open_(1, "a"), open_(2, "b")]), (99, [open_(1, "a")])])
+def test_7_each_free_byte_is_given_once_in_order(room: int, steps: list[Open]) -> None:
+    waiting = [turn(1, "a", "m", bytes=60), turn(2, "b", "n", bytes=40)]
+    assert plan(waiting, [], live_contexts=3, room=room) == steps
+
+
+def test_7_parked_weights_are_loaded_first() -> None:
+    assert plan([turn(1, "a", "m", bytes=40)], [], [loose("m", ModelState.PARKED, bytes=60)], room=100) == [load("m")]
+
+
+def test_7_two_turns_load_two_models_if_both_fit_with_their_contexts() -> None:
+    models = [loose("m", ModelState.PARKED, bytes=60), loose("n", ModelState.PARKED, bytes=60)]
+    waiting = [turn(1, "a", "m", bytes=40), turn(2, "b", "n", bytes=40)]
+    assert plan(waiting, [], models, live_contexts=2, room=200) == [load("m"), load("n")]
+    assert plan(waiting, [], models, live_contexts=2, room=199) == [load("m")]
+
+
+def test_7_weights_that_stay_are_no_part_of_the_room_for_turns() -> None:
+    assert plan([turn(1, "a", "m", bytes=50)], [], room=50) == [open_(1, "a")]
+
+
+# --- 8: places or bytes are becoming free -----------------------------------------------------------------------------
+
+
+def test_8_a_place_that_is_becoming_free_is_waited_for() -> None:
+    places = [live("a", "m", Phase.CLOSING), live("b", "n")]
+    assert plan([turn(1, "c", "o")], places, live_contexts=2) == []
+
+
+def test_8_a_place_that_is_becoming_free_is_waited_for_by_one_only() -> None:
+    places = [live("a", "m", Phase.CLOSING), live("b", "n")]
+    assert plan([turn(1, "c", "o"), turn(2, "d", "p")], places, live_contexts=2) == [close("b", for_turn=2)]
+
+
+def test_8_two_agents_of_a_closing_contexts_model_wait_for_one_place_not_for_two() -> None:
+    places = [live("a", "m", Phase.CLOSING), live("x", "n", Phase.CLOSING), live("y", "o")]
+    waiting = [turn(1, "b", "m"), turn(2, "c", "m"), turn(3, "d", "p")]
+    assert plan(waiting, places, live_contexts=3) == [], "x's place is becoming free for d: y may stay"
+
+
+def test_8_a_place_that_an_agent_of_its_model_waits_for_is_no_other_models() -> None:
+    places = [live("a", "m", Phase.CLOSING), live("y", "n")]
+    waiting = [turn(1, "b", "m"), turn(2, "d", "p")]
+    assert plan(waiting, places, live_contexts=2) == [close("y", for_turn=2)]
+
+
+def test_8_bytes_that_are_becoming_free_are_waited_for_by_as_many_as_they_suffice_for() -> None:
+    places = [live("a", "m", Phase.CLOSING, bytes=100), live("b", "n", bytes=50)]
+    waiting = [turn(1, "c", "o", bytes=60), turn(2, "d", "p", bytes=40), turn(3, "e", "q", bytes=1)]
+    assert plan(waiting[:2], places, live_contexts=9, room=150) == []
+    assert plan(waiting, places, live_contexts=9, room=150) == [close("b", for_turn=3)]
+
+
+def test_8_weights_that_are_leaving_bring_bytes_too() -> None:
+    models = [loose("m", ModelState.UNLOADING, bytes=60)]
+    assert plan([turn(1, "b", "n", bytes=160)], [live("x", "o", bytes=40)], models, live_contexts=2, room=200) == []
+    steps = plan([turn(1, "b", "n", bytes=161)], [live("x", "o", bytes=40)], models, live_contexts=2, room=200)
+    assert steps == [close("x", for_turn=1)]
+
+
+# --- 9: send away what is idle ----------------------------------------------------------------------------------------
+
+
+def test_9_the_context_used_longest_ago_is_closed() -> None:
+    places = [live("a", "m", last_turn=2), live("b", "n", last_turn=1), live("c", "o", last_turn=3)]
+    assert plan([turn(1, "d", "p")], places, live_contexts=3) == [close("b", for_turn=1)]
+
+
+def test_9_a_best_effort_agents_context_goes_before_a_shared_one_used_longer_ago() -> None:
+    places = [live("a", "m", last_turn=1), live("b", "n", last_turn=2, best_effort=True)]
+    assert plan([turn(1, "d", "p")], places, live_contexts=2) == [close("b", for_turn=1)]
+
+
+def test_9_weights_that_only_best_effort_agents_use_are_parked_before_a_shared_agents_context_closes() -> None:
+    models = [loose("m", bytes=60, last_turn=9)]
+    assert plan([turn(1, "d", "p", bytes=60)], [live("a", "n", bytes=60)], models, live_contexts=2, room=120) == [park("m")]
+
+
+def test_9_among_best_effort_agents_contexts_and_weights_go_by_their_last_use() -> None:
+    places, models = [live("a", "n", bytes=60, last_turn=5, best_effort=True)], [loose("m", bytes=60, last_turn=6)]
+    assert plan([turn(1, "d", "p", bytes=60)], places, models, live_contexts=2, room=120) == [close("a", for_turn=1)]
+
+
+def test_9_as_many_go_as_bring_the_bytes_and_no_more() -> None:
+    places = [live(name, name, bytes=30, last_turn=i) for i, name in enumerate("abcd")]
+    steps = plan([turn(1, "x", "p", bytes=40)], places, live_contexts=9, room=120)
+    assert steps == [close("a", for_turn=1), close("b", for_turn=1)]
+
+
+def test_9_busy_contexts_are_left_alone_however_long_ago_they_began() -> None:
+    places = [live("a", "m", Phase.BUSY, last_turn=1), live("b", "n", last_turn=2)]
+    assert plan([turn(1, "c", "o")], places, live_contexts=2) == [close("b", for_turn=1)]
+
+
+def test_9_weights_under_a_live_context_are_left_alone() -> None:
+    for phase in Phase:
+        steps = plan([turn(1, "b", "n", bytes=50)], [live("a", "m", phase)], [loose("m", bytes=60)], live_contexts=2, room=100)
+        assert park("m") not in steps
+
+
+def test_9_weights_that_an_earlier_turn_needs_are_left_alone() -> None:
+    waiting = [turn(1, "a", "m", bytes=10), turn(2, "b", "n", bytes=50)]
+    assert plan(waiting, [], [loose("m", bytes=60)], live_contexts=2, room=100) == [open_(1, "a")]
+
+
+def test_9_a_ready_agent_that_is_first_in_line_itself_is_not_evicted() -> None:
+    places = [live("a", "m", last_turn=1), live("b", "n", last_turn=2)]
+    waiting = [turn(1, "a", "m"), turn(2, "c", "o")]
+    assert plan(waiting, places, live_contexts=2) == [start(1, "a"), close("b", for_turn=2)]
+
+
+def test_9_whoever_is_further_back_in_line_gives_way() -> None:
+    assert plan([turn(1, "b", "n"), turn(2, "a", "m")], [live("a", "m")]) == [close("a", for_turn=1)]
+
+
+def test_9_the_context_that_leaves_for_its_place_brings_its_bytes_too() -> None:
+    places = [live("a", "m", bytes=60, last_turn=1), live("b", "n", bytes=60, last_turn=2)]
+    assert plan([turn(1, "c", "o", bytes=60)], places, live_contexts=2, room=120) == [close("a", for_turn=1)]
+
+
+def test_9_a_guaranteed_agents_context_is_never_sent_away() -> None:
+    places = [live("g", "m", bytes=500, guaranteed=True)]
+    assert plan([turn(1, "a", "n", bytes=50)], places, room=40) == []
+    assert plan([turn(1, "a", "n", bytes=40)], places, room=40) == [open_(1, "a")], "nor in anybody's way"
+
+
+# --- 10: wait for turns to end ----------------------------------------------------------------------------------------
+
+
+def test_10_otherwise_one_waits() -> None:
+    assert plan([turn(1, "b", "n")], [live("a", "m", Phase.BUSY)]) == []
+    assert plan([turn(1, "b", "n")], [live("a", "m", Phase.OPENING)]) == []
+
+
+def test_10_nobody_behind_takes_the_bytes_that_were_freed_so_far() -> None:
+    waiting = [turn(1, "b", "n", bytes=80), turn(2, "c", "o", bytes=10)]
+    assert plan(waiting, [live("a", "m", Phase.BUSY, bytes=50)], live_contexts=3, room=100) == []
+    assert plan(waiting[1:], [live("a", "m", Phase.BUSY, bytes=50)], live_contexts=3, room=100) == [open_(2, "c")]
+
+
+def test_10_whoever_is_ready_behind_it_starts_it_takes_nothing() -> None:
+    waiting = [turn(1, "b", "n", bytes=80), turn(2, "c", "o", bytes=50)]
+    places = [live("a", "m", Phase.BUSY, bytes=50), live("g", "o", bytes=10, guaranteed=True)]
+    assert plan([*waiting, turn(3, "g", "o")], places, live_contexts=3, room=100) == [start(3, "g")]
+
+
+# --- guaranteed agents ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("phase", "steps"), [(Phase.READY, [start(2, "g")]), (Phase.BUSY, [])])
+def test_a_guaranteed_agents_turn_starts_or_waits_for_its_own_earlier_one_and_nothing_else(
+    phase: Phase, steps: list[Start]
 ) -> None:
-    waiting, places, live_contexts = moment
-    if not waiting:
-        return
-    steps, first = plan(waiting, places, live_contexts=live_contexts), waiting[0]
-    served = any((step.for_turn if isinstance(step, Close) else step.turn_id) == first.id for step in steps)
-    on_its_way = [place for place in places if place.model_id == first.model_id and place.phase is not Phase.READY]
-    becoming_free = [place for place in places if place.phase is Phase.CLOSING]
-    all_taken = len(places) == live_contexts and not any(place.phase is Phase.READY for place in places)
-    assert served or on_its_way or becoming_free or all_taken
-    if any(place.phase is Phase.READY for place in places):
-        assert served or on_its_way or becoming_free
-
-
-@given(moments())
-def test_at_most_one_context_is_closed_for_each_model_that_wants_in(
-    moment: tuple[list[WaitingTurn], list[Occupant], int],
-) -> None:
-    waiting, places, live_contexts = moment
-    model_of = {turn.id: turn.model_id for turn in waiting}
-    steps = plan(waiting, places, live_contexts=live_contexts)
-    closed_for = [model_of[step.for_turn] for step in steps if isinstance(step, Close)]
-    assert len(set(closed_for)) == len(closed_for)
-
-
-@given(moments())
-def test_contexts_of_other_models_are_closed_only_when_no_place_is_free_or_becoming_free(
-    moment: tuple[list[WaitingTurn], list[Occupant], int],
-) -> None:
-    waiting, places, live_contexts = moment
-    steps = plan(waiting, places, live_contexts=live_contexts)
-    model_of = {turn.id: turn.model_id for turn in waiting}
-    live_models = {place.model_id for place in places}
-    evictions = [step for step in steps if isinstance(step, Close) and model_of[step.for_turn] not in live_models]
-    if evictions:
-        earlier = {turn.model_id for turn in waiting if turn.id < evictions[-1].for_turn}
-        assert len(places) + sum(isinstance(step, Open) for step in steps) == live_contexts
-        assert sum(place.phase is Phase.CLOSING for place in places) <= len(earlier)
+    crowd = [live("a", "m", Phase.BUSY, bytes=90), live("g", "m", phase, bytes=50, window=50, guaranteed=True)]
+    assert plan([turn(1, "b", "m", bytes=90), turn(2, "g", "m")], crowd, room=100) == steps
