@@ -23,7 +23,7 @@ class Catalog:
     def plan(self, model: str, kind: DeviceKind) -> ModelPlan:
         """Raises UnknownModel, PathNotAllowed, BadModelFile."""
         key, path = self._locate(model)
-        identity = _identity(path)
+        identity = model_id(path)
         header = self._headers.get(identity)
         if header is None:
             header = self._headers[identity] = read_header(path)
@@ -60,7 +60,7 @@ class Catalog:
         raise BadModelFile(name, "cannot be opened: No such file or directory")
 
 
-def _identity(path: Path) -> ModelId:
+def model_id(path: Path) -> ModelId:
     """The file itself: another path to it is the same model, another content under the same path is not."""
     try:
         stat = path.stat()

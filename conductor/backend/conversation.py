@@ -6,22 +6,62 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from conductor.backend.chat_template import ChatTemplate, Piece
-from conductor.backend.llama import Model
+from conductor.backend.llama import Context, Model
 from conductor.errors import ChatTemplateFailed, InvalidRequest
 from conductor.types import DecodeRequest, Message
 
 
 @dataclass(slots=True)
 class Conversation:
-    """`cached` tokens from the start are in the KV cache (on the device or saved); the rest must be decoded.
+    """The tokens, and how many of them need not be decoded. After a turn all but its last token are cached.
 
-    After a turn all but its last token are cached: that one is decoded first thing in the next turn.
+    `held` and `valid` have a writer each while no turn runs: the thread that has the context, and whoever changes the
+    tokens. So a turn may be taken back at the moment in which its context is saved, without a lock.
     """
 
     tokens: list[int] = field(default_factory=list)
-    cached: int = 0
+    #: tokens in the KV cache, on the device or saved; those at its end may be of a turn that was taken back
+    held: int = 0
+    #: how many tokens at the cache's start are the conversation's, were it to hold as many
+    valid: int = 0
     #: bytes of a character that the last turn ended inside of; only a bare continuation may complete it
     partial: bytes = b""
+    #: its cache was dropped with its context, and will be missed if it comes back
+    given_up: bool = False
+
+    @property
+    def cached(self) -> int:
+        """Tokens from the start that need not be decoded."""
+        return min(self.held, self.valid)
+
+    def has_decoded(self, n_tokens: int) -> None:
+        """The cache holds the first `n_tokens` now and nothing else."""
+        self.held = self.valid = n_tokens
+
+    def rewind(self, context: Context, n_tokens: int) -> None:
+        """Let the cache hold no more than the first `n_tokens`; where the architecture cannot, nothing."""
+        self.valid = min(self.valid, n_tokens)
+        self.trim(context)
+
+    def trim(self, context: Context) -> None:
+        """Let the cache hold no more than what is the conversation's; where the architecture cannot, nothing."""
+        cached = self.cached
+        if self.held > cached:
+            self.held = cached if context.truncate(cached) else 0
+
+    def drop(self, context: Context, first: int, count: int) -> None:
+        """Forget `count` tokens from `first` on, by moving the cache if the architecture can."""
+        if context.can_shift and self.cached >= first + count:
+            context.shift(first, first + count)
+            self.has_decoded(self.cached - count)
+        else:
+            self.rewind(context, first)
+        del self.tokens[first : first + count]
+
+
+def first_to_drop(context: Context) -> int:
+    """A context shift keeps the token that begins every text of the model, if it has one."""
+    return 1 if context.model.adds_bos else 0
 
 
 class Prompter:

@@ -17,19 +17,24 @@ import signal
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
 import conductor
+from conductor.backend.file_identity import FileIdentity
 from conductor.backend.llama import Llama, LlamaError, Model
-from conductor.core.estimate import Footprint, ModelPlan
+from conductor.core.estimate import Footprint, ModelPlan, step_tokens
 from conductor.errors import BadModelFile, ModelLoadFailed
-from conductor.types import ContextSpec, DeviceKind, ModelId
+from conductor.types import ContextSpec, DeviceKind
 
 #: how long a question may take: an 8B model's vocabulary costs some 0.2 s
 _ANSWER_WITHIN_S = 60.0
 _IDLE_S = 10.0
+
+#: Below so many tokens a slot, generating may take more than reading (`lay_out`). In 3,000 contexts it did up to 4.
+_FEW_TOKENS = 16
 
 
 @dataclass(slots=True)
@@ -43,21 +48,26 @@ class ChildFailed(Exception):
 
 
 class DryRun:
-    """Asks the child; answers, for the host device, are kept by file identity and parameters. Blocking; one thread at a time."""
+    """Asks the child, about the host device. Blocking; one thread at a time."""
 
     def __init__(self) -> None:
         self._child: _Child | None = None
-        self._answers: dict[tuple[ModelId, ContextSpec], Footprint] = {}
         #: of the last child: exit code and what it said
         self._death: tuple[int, str] = (0, "")
 
-    def measure(self, plan: ModelPlan, spec: ContextSpec) -> Footprint:
+    def measure(self, plan: ModelPlan, identity: FileIdentity, specs: Sequence[ContextSpec]) -> list[Footprint]:
         """Raises BadModelFile if llama.cpp cannot survive the file, ModelLoadFailed if it refuses file or parameters,
         ChildFailed if the child itself cannot run.
         """
-        if (plan.id, spec) not in self._answers:
-            self._answers[plan.id, spec] = self._ask(plan, spec)
-        return self._answers[plan.id, spec]
+        question = json.dumps({"path": plan.path, "identity": identity, "specs": [spec.to_json() for spec in specs]})
+        answer = self._exchange(question) or self._exchange(question)  # it may just have gone idle
+        if answer is None and self._death[0] >= 0:
+            raise ChildFailed(self._last_words())
+        if answer is None:
+            raise BadModelFile(plan.path, f"llama.cpp does not survive it: {self._last_words()}")
+        if "refused" in answer:
+            raise ModelLoadFailed(plan.path, str(answer["refused"]))
+        return [Footprint(**took) for took in answer["took"]]
 
     @property
     def child_pid(self) -> int | None:
@@ -66,17 +76,6 @@ class DryRun:
 
     def close(self) -> None:
         self._end()
-
-    def _ask(self, plan: ModelPlan, spec: ContextSpec) -> Footprint:
-        question = {"path": plan.path, "spec": spec.to_json()}
-        answer = self._exchange(json.dumps(question)) or self._exchange(json.dumps(question))  # it may just have gone idle
-        if answer is None and self._death[0] >= 0:
-            raise ChildFailed(self._last_words())
-        if answer is None:
-            raise BadModelFile(plan.path, f"llama.cpp does not survive it: {self._last_words()}")
-        if "refused" in answer:
-            raise ModelLoadFailed(plan.path, str(answer["refused"]))
-        return Footprint(int(answer["weights_bytes"]), int(answer["kv_bytes"]), int(answer["compute_bytes"]))
 
     def _exchange(self, question: str) -> dict[str, Any] | None:
         """The child's answer; None if it died, or had to be killed, over it."""
@@ -108,7 +107,8 @@ class DryRun:
             stdout=subprocess.PIPE,
             stderr=complaints,
             text=True,
-            env=os.environ | {
+            env=os.environ
+            | {
                 "GGML_NO_BACKTRACE": "1",
                 "CUDA_VISIBLE_DEVICES": "",
                 "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
@@ -138,18 +138,40 @@ def _tail(file: IO[bytes]) -> str:
     return lines[-1][:300] if lines else ""
 
 
+def lay_out(model: Model, spec: ContextSpec) -> Footprint:
+    """What a context of a model that was loaded dry would take. Raises LlamaError.
+
+    llama.cpp lays its buffers out for reading a prompt and for generating (a token of each slot), and allocates for the
+    larger; a dry run tells of reading only. That is the larger but where a step has few tokens of each slot, so there
+    generating is asked about as well.
+    """
+    took = _footprint(model, spec)
+    if step_tokens(spec) >= _FEW_TOKENS * spec.slots:
+        return took
+    generating = _footprint(model, spec, step=spec.slots)
+    host = max(took.host_context_bytes or 0, generating.host_context_bytes or 0)
+    return replace(took, compute_bytes=max(took.compute_bytes, generating.compute_bytes), host_context_bytes=host)
+
+
+def _footprint(model: Model, spec: ContextSpec, *, step: int | None = None) -> Footprint:
+    took = model.footprint(spec, step=step)
+    if took is None:
+        raise LlamaError("this llama.cpp does not tell what it would take")
+    return took
+
+
 def _answer(llama: Llama, question: dict[str, Any], open_models: dict[str, Model]) -> dict[str, Any]:
     """Measure in this process. The last model stays open: another context of it costs a few milliseconds."""
-    path = question["path"]
+    identity = question["identity"]
     try:
-        if path not in open_models:
+        if identity not in open_models:
             while open_models:
                 open_models.popitem()[1].close()
-            open_models[path] = llama.load(path, DeviceKind.HOST, dry=True)
-        took = open_models[path].footprint(ContextSpec(**question["spec"]))
+            open_models[identity] = llama.load(question["path"], DeviceKind.HOST, dry=True)
+        took = [lay_out(open_models[identity], ContextSpec(**spec)) for spec in question["specs"]]
     except LlamaError as error:
         return {"refused": str(error)}
-    return took.to_json() if took else {"refused": "this llama.cpp does not tell what it would take"}
+    return {"took": [footprint.to_json() for footprint in took]}
 
 
 def main() -> None:

@@ -1,25 +1,32 @@
 """llama.cpp behind the names that the shell uses: models by id, contexts and conversations by agent.
 
-Every method blocks and is called from worker threads; the shell sees to it that one context, one conversation and one
-model's load or unload are never in two threads at once. What is shared, the KV arena, has a lock.
+Methods block and are called from worker threads; the shell sees to it that one context, one conversation and one model's load
+or unload are never in two threads at once. Some take no time and may be called from the shell's own thread: what tells
+something, `drop_kv`, `forget`, and `drop_turn`, which alone may come while the agent's context opens or closes.
 """
 
 from __future__ import annotations
 
-import threading
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import psutil
 
+from conductor.backend.catalog import model_id
 from conductor.backend.conversation import Conversation, Prompter
-from conductor.backend.device import Device, open_device
+from conductor.backend.device import Device, margins, open_device
 from conductor.backend.estimator import Estimator
+from conductor.backend.kv_disk import KvDisk
+from conductor.backend.kv_seal import Label
 from conductor.backend.kv_store import Blob, KvStore
 from conductor.backend.llama import Context, Llama, LlamaError, Model
-from conductor.backend.turn import TurnOrder, TurnOutcome, run_turn
+from conductor.backend.saved_kv import SavedKv
+from conductor.backend.turn import Outgrown, TurnOrder, TurnOutcome, TurnRun
 from conductor.config import Config
-from conductor.core.estimate import ModelPlan
-from conductor.errors import DecodeFailed, ModelLoadFailed
+from conductor.core.estimate import Footprint, Geometry, ModelPlan
+from conductor.core.pool import MOST_MULTIPROCESSORS, on_gpu, pool_bytes
+from conductor.errors import ConfigError, DecodeFailed, ModelLoadFailed
 from conductor.types import AgentId, ContextSpec, DeviceKind, HostMemoryStatus, KvPlace, ModelId
 
 #: to ask a loaded model what its weights take
@@ -40,10 +47,17 @@ class Closed:
     saved_bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class Moved:
+    place: KvPlace
+    elapsed_s: float
+
+
 @dataclass(slots=True)
 class _Loaded:
     model: Model
     prompter: Prompter
+    geometry: Geometry
     weights_bytes: int
 
 
@@ -52,6 +66,15 @@ class _Live:
     context: Context
     prompter: Prompter
     bytes: int
+    pool_bytes: int  #: that it may take on a GPU beside those
+    model_id: ModelId
+    spec: ContextSpec
+    state_bytes: int = 0
+
+    def label(self, conversation: Conversation) -> Label:
+        """What a saved KV must be labelled with to be this context's."""
+        spec = self.spec
+        return Label(self.model_id, spec.kv_type, spec.flash_attention, spec.slots, conversation.held)
 
 
 class Engine:
@@ -64,22 +87,27 @@ class Engine:
         self._models: dict[ModelId, _Loaded] = {}
         self._live: dict[AgentId, _Live] = {}
         self._conversations: dict[AgentId, Conversation] = {}
-        self._blobs: dict[AgentId, Blob] = {}
-        self._arena_lock = threading.Lock()
+        #: turns that stand still for want of room
+        self._standing: dict[AgentId, TurnRun] = {}
         self.estimator = Estimator(index=config.device.index)
         self.device: Device = open_device(
-            config.device, llama_supports_gpu=self._llama.supports_gpu, used_bytes=self.used_bytes
+            config.device,
+            llama_supports_gpu=self._llama.supports_gpu,
+            used_bytes=self.used_bytes,
+            margin_bytes=self._margin_bytes,
         )
         self.overhead_bytes = self._touch_device()
-        arena, pinned = self._llama.pinned(config.host_kv_budget)
-        self._store = KvStore(arena, pinned=pinned)
+        arena, pinned = self._llama.pinned(config.host_budget)
+        self._saved = SavedKv(KvStore(arena, pinned=pinned, disk=_disk(config)))
 
     def _touch_device(self) -> int:
         """Bytes that the process takes on a GPU before it holds any model: the CUDA context and its libraries."""
         if self.device.kind is DeviceKind.HOST:
             return 0
         self._llama.touch_device()
-        return self.device.taken_bytes()
+        taken = self.device.taken_bytes()
+        self.device.claim(taken)
+        return taken
 
     @property
     def version(self) -> str:
@@ -89,98 +117,179 @@ class Engine:
         """What models and contexts hold on the device, by llama.cpp's own account."""
         return sum(m.weights_bytes for m in list(self._models.values())) + sum(c.bytes for c in list(self._live.values()))
 
-    def host_memory(self) -> HostMemoryStatus:
-        return HostMemoryStatus(self._store.budget_bytes, self._store.used_bytes, self._store.pinned)
+    def _margin_bytes(self) -> int:
+        """What may be held beyond that account: kernels that are loaded late, and the contexts' pools."""
+        once = sum(bytes for _, bytes in margins(self.device.kind))
+        return once + sum(live.pool_bytes for live in list(self._live.values()))
+
+    def pool_bytes(self, geometry: Geometry, spec: ContextSpec) -> int:
+        """What a context takes on a GPU beside what llama.cpp accounts for."""
+        if self.device.kind is DeviceKind.HOST:
+            return 0
+        return pool_bytes(geometry, spec, multiprocessors=self.device.multiprocessors or MOST_MULTIPROCESSORS)
+
+    def priced(self, geometry: Geometry, spec: ContextSpec, took: Footprint) -> Footprint:
+        """By llama.cpp's account, as it is booked: with what the driver rounds up, and with the context's pool."""
+        rounded = self._rounded(took, geometry)
+        return replace(rounded, compute_bytes=rounded.compute_bytes + self.pool_bytes(geometry, spec))
+
+    def _rounded(self, took: Footprint, geometry: Geometry) -> Footprint:
+        """As a GPU's driver hands it out."""
+        return took if self.device.kind is DeviceKind.HOST else on_gpu(took, geometry)
 
     def close(self) -> None:
         self.estimator.close()
+        self._saved.close()
 
     # --- models -----------------------------------------------------------------------------------------------------
 
     def load(self, plan: ModelPlan) -> int:
         """Load the weights; returns what they really take. Raises ModelLoadFailed."""
+        with self.device.moving():
+            model, measured = self._load(plan)
+            weights = self._rounded(measured, plan.geometry).weights_bytes if measured else plan.weights_bytes
+            self._models[plan.id] = _Loaded(model, Prompter(model), plan.geometry, weights)
+        return weights
+
+    def _load(self, plan: ModelPlan) -> tuple[Model, Footprint | None]:
+        if model_id(Path(plan.path)) != plan.id:  # loaded again after it was parked, or only now, much later
+            raise ModelLoadFailed(plan.path, "the file is another one than when it was admitted: unregister its agents first")
         try:
             model = self._llama.load(plan.path, self.device.kind, index=self._index)
         except LlamaError as error:
             raise ModelLoadFailed(plan.path, str(error)) from error
         try:
-            measured = model.footprint(_SMALLEST)
+            return model, model.footprint(_SMALLEST)
         except LlamaError as error:
             model.close()
             raise ModelLoadFailed(plan.path, f"no context can be made for it: {error}") from error
-        weights = plan.weights_bytes if measured is None else measured.weights_bytes
-        self._models[plan.id] = _Loaded(model, Prompter(model), weights)
-        return weights
 
     def unload(self, model_id: ModelId) -> None:
-        self._models.pop(model_id).model.close()
+        with self.device.moving():
+            self._models.pop(model_id).model.close()
 
     # --- contexts ---------------------------------------------------------------------------------------------------
 
     def open_context(self, agent_id: AgentId, model_id: ModelId, spec: ContextSpec) -> Opened:
         """Make the agent's context and restore its KV if it was saved. Raises DecodeFailed, with a saved KV kept."""
-        loaded = self._models[model_id]
-        try:
-            context = loaded.model.context(spec, n_threads=self.threads)
-        except LlamaError as error:
-            raise DecodeFailed(agent_id, f"its context could not be made: {error}") from error
-        footprint = context.footprint()
-        measured = footprint.context_bytes if footprint else None
-        self._live[agent_id] = _Live(context, loaded.prompter, measured or 0)
+        live, measured = self._make_live(agent_id, model_id, spec)
+        context = live.context
         conversation = self._conversations.setdefault(agent_id, Conversation())
-        blob = self._blobs.pop(agent_id, None)
-        if blob is None:
-            conversation.cached = 0
-            return Opened(measured, restored_bytes=0)
-        restored = context.restore(self._store.view(blob))
-        with self._arena_lock:
-            self._store.free(blob)
+        try:
+            restored = self._saved.restore(agent_id, context, live.label(conversation))
+        except BaseException:  # nobody knows what the context holds now
+            conversation.held = 0
+            self._free(agent_id)
+            raise
+        live.state_bytes = restored
         if not restored:
-            conversation.cached = 0
-        return Opened(measured, blob.bytes if restored else 0)
+            conversation.held = 0
+        if conversation.given_up:
+            conversation.given_up = False
+            self._saved.count_dropped()
+        return Opened(measured, restored)
 
-    def close_context(self, agent_id: AgentId, *, save: bool) -> Closed:
-        """Free the agent's context, its KV saved first if asked for and if the arena has room."""
-        live = self._live[agent_id]
-        conversation, blob = self._conversations[agent_id], None
+    def _make_live(self, agent_id: AgentId, model_id: ModelId, spec: ContextSpec) -> tuple[_Live, int | None]:
+        """A new context, and what it takes with its pool; None where this llama.cpp does not tell."""
+        loaded = self._models[model_id]
+        with self.device.moving():
+            try:
+                context = loaded.model.context(spec, n_threads=self.threads)
+            except LlamaError as error:
+                raise DecodeFailed(agent_id, f"its context could not be made: {error}") from error
+            took = context.footprint()
+            taken = self._rounded(took, loaded.geometry).context_bytes if took else 0
+            pool = self.pool_bytes(loaded.geometry, spec)
+            live = self._live[agent_id] = _Live(context, loaded.prompter, taken, pool, model_id, spec)
+        return live, taken + pool if took else None
+
+    def _free(self, agent_id: AgentId) -> None:
+        with self.device.moving():
+            self._live.pop(agent_id).context.close()
+
+    def close_context(self, agent_id: AgentId, *, to: KvPlace) -> Closed:
+        """Free the agent's context, its KV saved to host memory or disk if there is room; TOKENS drops it."""
+        live, conversation = self._live[agent_id], self._conversations[agent_id]
+        blob = None
         try:
-            blob = self._save(live.context, conversation) if save else None
+            if to is KvPlace.TOKENS:
+                conversation.given_up = conversation.cached > 0
+            else:
+                blob = self._save(agent_id, live, conversation, to)
         finally:
-            live.context.close()
-            del self._live[agent_id]
+            self._free(agent_id)
             if blob is None:
-                conversation.cached = 0
-        if blob is None:
-            return Closed(KvPlace.TOKENS, 0)
-        self._blobs[agent_id] = blob
-        return Closed(KvPlace.HOST, blob.bytes)
+                conversation.held = 0
+        return Closed(KvPlace.TOKENS, 0) if blob is None else Closed(blob.place, blob.bytes)
 
-    def _save(self, context: Context, conversation: Conversation) -> Blob | None:
-        if conversation.cached == 0:
+    def _save(self, agent_id: AgentId, live: _Live, conversation: Conversation, to: KvPlace) -> Blob | None:
+        conversation.trim(live.context)
+        if not conversation.cached:
             return None
-        size = context.state_bytes()
-        with self._arena_lock:
-            blob = self._store.allocate(size) if size else None
-        if blob is None:
-            return None  # the tokens are kept, and the KV recomputed from them
-        try:
-            context.save(self._store.view(blob))
-        except LlamaError:
-            with self._arena_lock:
-                self._store.free(blob)
-            return None
-        return blob
+        return self._saved.save(agent_id, live.context, live.label(conversation), to=to)
 
-    def run_turn(self, order: TurnOrder) -> TurnOutcome:
-        """Raises InvalidRequest, ChatTemplateFailed, WindowFull, TurnCancelled, DecodeFailed."""
-        live, conversation = self._live[order.agent_id], self._conversations[order.agent_id]
+    def state_bytes(self, agent_id: AgentId) -> int:
+        """What the KV of a live context takes at most if it is saved before the next turn. Known, so it takes no time."""
+        live = self._live.get(agent_id)
+        return live.state_bytes if live else 0
+
+    def move_kv(self, agent_id: AgentId) -> Moved:
+        """Move the agent's saved KV from host memory to disk; where that fails it is dropped."""
+        began_at = time.monotonic()
+        if self._saved.move_to_disk(agent_id):
+            return Moved(KvPlace.DISK, time.monotonic() - began_at)
+        self._conversations[agent_id].held = 0
+        return Moved(KvPlace.TOKENS, 0.0)
+
+    def drop_kv(self, agent_id: AgentId) -> None:
+        """Forget the agent's saved KV, at once."""
+        self._saved.drop(agent_id)
+        self._conversations[agent_id].held = 0
+
+    def host_memory(self) -> HostMemoryStatus:
+        return self._saved.status()
+
+    # --- turns ------------------------------------------------------------------------------------------------------
+
+    def run_turn(self, order: TurnOrder) -> TurnOutcome | Outgrown:
+        """Begin a turn, or go on with the one that stands still. Raises what `TurnRun.go_on` does, and DecodeFailed."""
+        agent_id = order.agent_id
+        live, conversation = self._live[agent_id], self._conversations[agent_id]
+        run, result = self._turn_of(order, conversation), None
         try:
-            return run_turn(live.context, conversation, live.prompter, order)
+            result = run.go_on(live.context, live.prompter, order)
         except LlamaError as error:
             # What llama.cpp holds after a failed step is not certain: keep the tokens, drop the cache.
             live.context.clear()
-            conversation.cached = 0
-            raise DecodeFailed(order.agent_id, str(error)) from error
+            conversation.held = 0
+            raise DecodeFailed(agent_id, str(error)) from error
+        finally:
+            if isinstance(result, Outgrown):
+                self._standing[agent_id] = run
+            else:
+                run.close()
+            live.state_bytes = live.context.state_bytes() if conversation.cached else 0
+        return result
+
+    def _turn_of(self, order: TurnOrder, conversation: Conversation) -> TurnRun:
+        run = self._standing.get(order.agent_id)
+        if run is not None and run.request is order.request:
+            return self._standing.pop(order.agent_id)
+        self.drop_turn(order.agent_id)  # if there was one: with another begun, it goes on no more
+        return TurnRun(conversation, order.request)
+
+    def drop_turn(self, agent_id: AgentId) -> int:
+        """A turn that stands still goes on no more: the session is as it was before. Returns its tokens. Takes no time."""
+        run = self._standing.pop(agent_id, None)
+        if run is not None:
+            run.take_back()
+            run.close()
+        return self.tokens(agent_id)
+
+    def suspended_text(self, agent_id: AgentId) -> str:
+        """What the agent's turn had made when it had to stand still."""
+        run = self._standing.get(agent_id)
+        return run.text if run else ""
 
     def tokens(self, agent_id: AgentId) -> int:
         """How many tokens the agent's conversation holds."""
@@ -188,11 +297,20 @@ class Engine:
         return len(conversation.tokens) if conversation else 0
 
     def forget(self, agent_id: AgentId) -> None:
-        """Drop the agent's conversation and its saved KV."""
+        """Drop the agent's conversation, its turn if one stands still, and its saved KV."""
+        self.drop_turn(agent_id)
         self._conversations.pop(agent_id, None)
-        if (blob := self._blobs.pop(agent_id, None)) is not None:
-            with self._arena_lock:
-                self._store.free(blob)
+        self._saved.forget(agent_id)
+
+
+def _disk(config: Config) -> KvDisk | None:
+    """Raises ConfigError."""
+    if config.disk.directory is None:
+        return None
+    try:
+        return KvDisk(config.resolve(config.disk.directory), budget_bytes=config.disk.budget)
+    except OSError as error:
+        raise ConfigError(config.source, "disk.directory", f"cannot be used: {error}") from error
 
 
 def _physical_cores() -> int:

@@ -1,26 +1,30 @@
 """The GGUF container: bytes in, metadata and tensor table out. Says nothing about what the keys mean.
 
 No length in the file is believed before it is held against what is left of it, so any bytes end in a `GgufFile` or in
-`Malformed`, quickly. Tensor data is not read. The rules are those of ggml's own reader (gguf.cpp), versions 2 and 3.
-See also: `gguf_header.py`, the meaning.
+`Malformed`, quickly and in little memory. Tensor data is not read. The rules are those of ggml's own reader (gguf.cpp),
+versions 2 and 3, with narrower limits. See also: `gguf_header.py`, the meaning.
 """
 
 from __future__ import annotations
 
-import mmap
+import math
+import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from io import FileIO
 from typing import TypeAlias
 
 MAX_HEADER_BYTES = 256 << 20
-MAX_KEYS = 1 << 16
-MAX_TENSORS = 1 << 20
-MAX_STRINGS = 1 << 22  #: in one array; the largest vocabularies have 2^18 tokens
-MAX_VALUES_KEPT = 4096  #: longer arrays of numbers are counted, not kept
+MAX_KEYS = 1 << 12  #: real files have fewer than 100
+MAX_TENSORS = 1 << 17  #: the largest mixtures of experts have 2^16, unmerged
+MAX_STRINGS = 1 << 22  #: in all arrays together; the largest vocabularies have 2^18 tokens and 2^19 merges
+MAX_VALUES_KEPT = 512  #: longer arrays of numbers are counted, not kept; as many as the layers that a model may have
+MAX_TEXT_BYTES_KEPT = 1 << 12  #: of longer texts, such as chat templates, only the beginning is kept
 MAX_KEY_BYTES = 1 << 16
 MAX_DIMS = 4
 DEFAULT_ALIGNMENT = 32
+_READ_BYTES = 1 << 20
 
 STRING, ARRAY, UINT32 = 8, 9, 4
 SCALARS = {
@@ -55,11 +59,12 @@ class Malformed(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Array:
-    """`values` is None for strings and for long arrays."""
+    """`values` is None for strings and for long arrays; `begin` is where the elements begin in the file."""
 
     type_id: int
     count: int
     values: tuple[int | float | bool, ...] | None
+    begin: int
 
 
 Value: TypeAlias = int | float | bool | str | Array
@@ -77,27 +82,56 @@ class Tensor:
 class GgufFile:
     metadata: Mapping[str, Value]
     tensors: Mapping[str, Tensor]
+    header: bytearray  #: the file as far as it was read
+
+    def strings(self, key: str, *, most: int = MAX_HEADER_BYTES) -> Iterator[bytes]:
+        """The elements of an array of strings, but not those of more than `most` bytes."""
+        array, header, unpack = self.metadata[key], self.header, _U64.unpack_from
+        assert isinstance(array, Array)
+        position = array.begin
+        for _ in range(array.count):
+            length = unpack(header, position)[0]
+            position += 8 + length
+            if length <= most:
+                yield bytes(header[position - length : position])
 
 
 class _Reader:
-    """A position in the header that cannot leave it."""
+    """A position in the header that cannot leave it.
 
-    def __init__(self, content: mmap.mmap | bytes) -> None:
-        self.content = content
+    The file is read as far as that and no further. Not mapped: a mapped file that somebody cuts short ends the process.
+    """
+
+    def __init__(self, file: FileIO) -> None:
+        self._file = file
+        self.file_bytes = os.fstat(file.fileno()).st_size
+        self.end = min(self.file_bytes, MAX_HEADER_BYTES)
+        self.content = bytearray()
         self.position = 0
-        self.end = min(len(content), MAX_HEADER_BYTES)
+        self.strings_left = MAX_STRINGS
 
     def claim(self, count: int) -> int:
         """Step over `count` bytes; where they begin."""
         begin = self.position
-        if count > self.end - begin:
+        self.position = begin + count
+        if self.position > len(self.content):
+            self.fetch(self.position)
+        return begin
+
+    def fetch(self, position: int) -> int:
+        """Read on until all before `position` is there; how much is there."""
+        if position > self.end:
             raise Malformed(
-                f"truncated: the header needs {count} bytes at offset {begin}, the file has {len(self.content)} in all"
-                if self.end == len(self.content)
+                f"truncated: its header goes on to byte {position} at least, the file has {self.file_bytes} in all"
+                if self.end == self.file_bytes
                 else f"the header is longer than {MAX_HEADER_BYTES} bytes"
             )
-        self.position = begin + count
-        return begin
+        while len(self.content) < position:
+            piece = self._file.read(max(position - len(self.content), _READ_BYTES))
+            if not piece:
+                raise Malformed("truncated: the file became shorter while it was read")
+            self.content += piece
+        return len(self.content)
 
     def scalar(self, layout: struct.Struct) -> int | float | bool:
         value: int | float | bool = layout.unpack_from(self.content, self.claim(layout.size))[0]
@@ -109,47 +143,45 @@ class _Reader:
     def u64(self) -> int:
         return int(self.scalar(_U64))
 
-    def string(self) -> bytes:
+    def string(self, most: int) -> bytearray:
+        """The first `most` bytes of it."""
         length = self.u64()
         begin = self.claim(length)
-        return self.content[begin : begin + length]
+        return self.content[begin : begin + min(length, most)]
 
     def name(self, what: str) -> str:
-        raw = self.string()
-        if not raw or len(raw) > MAX_KEY_BYTES:
-            raise Malformed(f"the name of a {what} has {len(raw)} bytes")
+        raw = self.string(MAX_KEY_BYTES + 1)
+        if not 0 < len(raw) <= MAX_KEY_BYTES:
+            raise Malformed(f"the name of a {what} is {'too long' if raw else 'empty'}")
         try:
             return raw.decode()
         except UnicodeDecodeError:
-            raise Malformed(f"the name of a {what} is not UTF-8: {raw[:40]!r}") from None
+            raise Malformed(f"the name of a {what} is not UTF-8: {bytes(raw[:40])!r}") from None
 
     def skip_strings(self, count: int) -> None:
         """Written out because vocabularies have 10^5 strings."""
-        content, position, unpack, last = self.content, self.position, _U64.unpack_from, self.end - 8
+        content, position, unpack, last = self.content, self.position, _U64.unpack_from, len(self.content) - 8
         for _ in range(count):
             if position > last:
-                break
+                last = self.fetch(position + 8) - 8
             position += 8 + unpack(content, position)[0]
-        else:
-            self.claim(position - self.position)
-            return
-        raise Malformed("truncated: a list of strings ends outside the file")
+        self.claim(position - self.position)
 
 
-def parse(content: mmap.mmap | bytes) -> GgufFile:
-    """Raises Malformed. `content` is the whole file, but only its header is touched."""
-    reader = _Reader(content)
+def parse(file: FileIO) -> GgufFile:
+    """Raises Malformed, OSError. Reads as far as the header goes."""
+    reader = _Reader(file)
     _check_magic(reader)
     n_tensors, n_keys = reader.u64(), reader.u64()
     if n_tensors > MAX_TENSORS or n_keys > MAX_KEYS:
         raise Malformed(f"absurd counts: {n_tensors} tensors and {n_keys} metadata keys")
     metadata = _read_metadata(reader, n_keys)
     alignment = _alignment(metadata)
-    return GgufFile(metadata, _read_tensors(reader, n_tensors, alignment))
+    return GgufFile(metadata, _read_tensors(reader, n_tensors, alignment), reader.content)
 
 
 def _check_magic(reader: _Reader) -> None:
-    magic = bytes(reader.content[:4])
+    magic = bytes(reader.content[: reader.fetch(min(4, reader.end))][:4])
     if magic != b"GGUF":
         looks = LOOKALIKES.get(magic)
         raise Malformed(f"not a GGUF file: it begins with {magic!r}" + (f" ({looks})" if looks else ""))
@@ -169,7 +201,7 @@ def _read_metadata(reader: _Reader, count: int) -> dict[str, Value]:
     for _ in range(count):
         key = reader.name("metadata key")
         if key in metadata:
-            raise Malformed(f"metadata key {key!r} appears twice")
+            raise Malformed(f"metadata key {key[:80]!r} appears twice")
         metadata[key] = _read_value(reader, key)
     return metadata
 
@@ -177,27 +209,29 @@ def _read_metadata(reader: _Reader, count: int) -> dict[str, Value]:
 def _read_value(reader: _Reader, key: str) -> Value:
     type_id = reader.u32()
     if type_id == STRING:
-        return reader.string().decode(errors="replace")
+        return reader.string(MAX_TEXT_BYTES_KEPT).decode(errors="replace")
     if type_id == ARRAY:
         return _read_array(reader, key)
     if type_id not in SCALARS:
-        raise Malformed(f"metadata key {key!r} has the unknown value type {type_id}")
+        raise Malformed(f"metadata key {key[:80]!r} has the unknown value type {type_id}")
     return reader.scalar(SCALARS[type_id])
 
 
 def _read_array(reader: _Reader, key: str) -> Array:
     type_id, count = reader.u32(), reader.u64()
     if type_id == STRING:
-        if count > MAX_STRINGS:
-            raise Malformed(f"absurd count: metadata key {key!r} lists {count} strings")
+        reader.strings_left -= count
+        if reader.strings_left < 0:
+            raise Malformed(f"absurd count: metadata key {key[:80]!r} lists {count} strings")
+        begin = reader.position
         reader.skip_strings(count)
-        return Array(type_id, count, None)
+        return Array(type_id, count, None, begin)
     if type_id not in SCALARS:
-        raise Malformed(f"metadata key {key!r} is a list of the unknown or unsupported type {type_id}")
+        raise Malformed(f"metadata key {key[:80]!r} is a list of the unknown or unsupported type {type_id}")
     layout = SCALARS[type_id]
     begin = reader.claim(count * layout.size)
     kept = struct.unpack_from(f"<{count}{layout.format[1:]}", reader.content, begin) if count <= MAX_VALUES_KEPT else None
-    return Array(type_id, count, kept)
+    return Array(type_id, count, kept, begin)
 
 
 def _alignment(metadata: Mapping[str, Value]) -> int:
@@ -213,13 +247,13 @@ def _read_tensors(reader: _Reader, count: int, alignment: int) -> dict[str, Tens
     for _ in range(count):
         tensor, offset = _read_tensor(reader)
         if tensor.name in tensors:
-            raise Malformed(f"tensor {tensor.name!r} appears twice")
+            raise Malformed(f"tensor {tensor.name[:80]!r} appears twice")
         if offset != next_offset:
-            raise Malformed(f"tensor {tensor.name!r} lies at offset {offset} of the data, expected {next_offset}")
+            raise Malformed(f"tensor {tensor.name[:80]!r} lies at offset {offset} of the data, expected {next_offset}")
         tensors[tensor.name] = tensor
         end = offset + tensor.bytes
         next_offset = aligned(end, alignment)
-    expected, actual = (aligned(reader.position, alignment) + end if tensors else reader.position), len(reader.content)
+    expected, actual = (aligned(reader.position, alignment) + end if tensors else reader.position), reader.file_bytes
     if expected > actual:
         raise Malformed(f"truncated: {expected} bytes expected, the file has {actual}; was it downloaded or copied completely?")
     return tensors
@@ -227,20 +261,19 @@ def _read_tensors(reader: _Reader, count: int, alignment: int) -> dict[str, Tens
 
 def _read_tensor(reader: _Reader) -> tuple[Tensor, int]:
     name = reader.name("tensor")
+    shown = repr(name[:80])
     n_dims = reader.u32()
     if not 1 <= n_dims <= MAX_DIMS:
-        raise Malformed(f"tensor {name!r} has {n_dims} dimensions")
+        raise Malformed(f"tensor {shown} has {n_dims} dimensions")
     dims = tuple(reader.u64() for _ in range(n_dims))
     type_id, offset = reader.u32(), reader.u64()
     if type_id not in BLOCKS:
-        raise Malformed(f"tensor {name!r} has the unknown type {type_id}; the file may be newer than this program")
-    elements = 1
-    for dim in dims:
-        elements *= dim
+        raise Malformed(f"tensor {shown} has the unknown type {type_id}; the file may be newer than this program")
+    elements = math.prod(dims)
     if not 0 < elements < 1 << 63:
-        raise Malformed(f"tensor {name!r} has absurd dimensions {dims}")
+        raise Malformed(f"tensor {shown} has absurd dimensions {dims}")
     if dims[0] % BLOCKS[type_id][0]:
-        raise Malformed(f"tensor {name!r} has rows of {dims[0]} elements, not a multiple of its type's block")
+        raise Malformed(f"tensor {shown} has rows of {dims[0]} elements, not a multiple of its type's block")
     return Tensor(name, dims, type_id, row_bytes(type_id, elements)), offset
 
 

@@ -2,25 +2,27 @@
 
 Refuses, with a sentence, whatever llama.cpp would refuse late, die of or misread. Does not know which architectures
 llama.cpp supports, and does not read weights. Where a layer's kind is in doubt it counts what takes more memory.
-See also: `gguf_file.py`, the container; `core/estimate.py`, what follows from the geometry.
+See also: `gguf_file.py`, the container; `gguf_checks.py`, what no dry run finds; `core/estimate.py`, what follows from the
+geometry.
 """
 
 from __future__ import annotations
 
-import math
-import mmap
 import os
+import re
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
+from io import FileIO
 
+from conductor.backend.gguf_checks import check_generates, check_norms, check_rotation, check_tensor_types, check_tokenizer
 from conductor.backend.gguf_file import BLOCKS, STRING, Array, GgufFile, Malformed, Tensor, Value, aligned, parse, row_bytes
+from conductor.backend.gguf_keys import Keys
 from conductor.core.estimate import F32_BYTES, Geometry
 from conductor.errors import BadModelFile
 
 MAX_LAYERS = 512  #: llama.cpp aborts above it
 MAX_HEADS = 1 << 16
-MAX_WIDTH = 1 << 24
 MAX_WINDOW = 1 << 31
 
 #: Tensors begin at multiples of these in ggml's buffers, and CUDA reads quantised rows up to a multiple of the third.
@@ -28,7 +30,8 @@ HOST_ALIGNMENT_BYTES = 32
 GPU_ALIGNMENT_BYTES = 128
 GPU_ROW_ELEMENTS = 512
 
-TOKEN_EMBEDDINGS, OUTPUT = "token_embd.weight", "output.weight"
+ARCHITECTURE = r"[a-z0-9][a-z0-9._-]{0,63}"
+TOKEN_EMBEDDINGS, OUTPUT, LONG_FACTORS = "token_embd.weight", "output.weight", "rope_factors_long"
 
 #: Architectures whose layers llama.cpp lets slide: all but every n-th. Others that could count as full, the larger.
 SLIDING_PERIOD = {"gemma2": 2, "gemma3": 6, "cohere2": 4, "gpt-oss": 2}
@@ -57,101 +60,58 @@ def read_header(path: str | os.PathLike[str]) -> GgufHeader:
 
 def _read(path: str) -> GgufFile:
     try:
-        mode = os.stat(path).st_mode
+        file = FileIO(path, opener=_open)
+    except IsADirectoryError:
+        raise Malformed("is a directory") from None
     except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: characters that no file name can have
         raise Malformed("no such file") from None
-    if not stat.S_ISREG(mode):  # opening a pipe would wait for its writer
-        raise Malformed("is a directory" if stat.S_ISDIR(mode) else "is not a regular file")
-    with open(path, "rb") as file:
-        if os.fstat(file.fileno()).st_size == 0:
+    with file:
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode):
+            raise Malformed("is not a regular file")
+        if found.st_size == 0:
             raise Malformed("the file is empty")
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            return parse(content)
+        return parse(file)
+
+
+def _open(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # a pipe would be waited for
 
 
 def _describe(file: GgufFile) -> GgufHeader:
-    keys = _Keys(file.metadata)
+    keys = Keys(file.metadata)
     kind = keys.text("general.type", default="model")
     if kind != "model":
         raise Malformed(f"holds no language model but: {kind[:40]!r} (general.type)")
     if keys.integer("split.count", default=0, least=0) > 1:
         raise Malformed("is one part of a split model, which is not supported; join the parts with llama-gguf-split --merge")
     architecture = keys.text("general.architecture")
+    if not re.fullmatch(ARCHITECTURE, architecture):  # it is part of what people are shown
+        raise Malformed(f"general.architecture is no name: {architecture[:40]!r}")
     if not file.tensors:
         raise Malformed("has no tensors (a vocabulary without a model)")
     name = file.metadata.get("general.name")
     file_type = file.metadata.get("general.file_type")
+    own = Keys(file.metadata, prefix=f"{architecture}.")
+    check_generates(architecture, own)
+    check_norms(own)
+    geometry = _geometry(architecture, own, file.tensors)
+    check_rotation(architecture, own, geometry.head_dim_k)
+    check_tensor_types(file.tensors)
+    check_tokenizer(file)
     return GgufHeader(
         architecture=architecture,
         name=name if isinstance(name, str) else None,
-        geometry=_geometry(architecture, _Keys(file.metadata, prefix=f"{architecture}."), file.tensors),
+        geometry=geometry,
         has_chat_template=isinstance(file.metadata.get("tokenizer.chat_template"), str),
         file_type=file_type if isinstance(file_type, int) else None,
         metadata=file.metadata,
     )
 
 
-class _Keys:
-    """Metadata by name, each value held against the type and the range it must have."""
-
-    def __init__(self, metadata: Mapping[str, Value], *, prefix: str = "") -> None:
-        self.metadata = metadata
-        self.prefix = prefix
-
-    def __contains__(self, key: str) -> bool:
-        return self.prefix + key in self.metadata
-
-    def text(self, key: str, *, default: str | None = None) -> str:
-        value = self._value(key, default)
-        if not isinstance(value, str):
-            raise self._wrong(key, "text", value)
-        return value
-
-    def integer(self, key: str, *, default: int | None = None, least: int = 1, most: int = MAX_WIDTH) -> int:
-        return self._checked(key, self._value(key, default), least, most)
-
-    def per_layer(self, key: str, n_layer: int, *, default: int | None = None, most: int = MAX_WIDTH) -> tuple[int, ...]:
-        """One number for all layers, or a list with one for each."""
-        value = self._value(key, default)
-        if not isinstance(value, Array):
-            return (self._checked(key, value, 0, most),) * n_layer
-        if value.count != n_layer or value.values is None:
-            raise Malformed(f"{self.prefix}{key} lists {value.count} values for {n_layer} layers")
-        return tuple(self._checked(key, item, 0, most) for item in value.values)
-
-    def check_epsilon(self, key: str) -> None:
-        """llama.cpp aborts at the first token with a negative one."""
-        if key not in self:
-            return
-        value = self._value(key, None)
-        if not isinstance(value, float):
-            raise self._wrong(key, "a fraction", value)
-        if not math.isfinite(value) or value < 0:
-            raise Malformed(f"{self.prefix}{key} must be a small number, not {value}")
-
-    def _value(self, key: str, default: Value | None) -> Value:
-        value = self.metadata.get(self.prefix + key, default)
-        if value is None:
-            raise Malformed(f"the metadata key {self.prefix}{key} is missing")
-        return value
-
-    def _checked(self, key: str, value: Value, least: int, most: int) -> int:
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise self._wrong(key, "a whole number", value)
-        if not least <= value <= most:
-            raise Malformed(f"{self.prefix}{key} is {value}, not between {least} and {most}")
-        return value
-
-    def _wrong(self, key: str, wanted: str, value: Value) -> Malformed:
-        found = "a list" if isinstance(value, Array) else repr(value)[:60]
-        return Malformed(f"{self.prefix}{key} must be {wanted}, not {found}")
-
-
-def _geometry(architecture: str, keys: _Keys, tensors: Mapping[str, Tensor]) -> Geometry:
+def _geometry(architecture: str, keys: Keys, tensors: Mapping[str, Tensor]) -> Geometry:
     n_layer = keys.integer("block_count", most=MAX_LAYERS)
     n_embd = keys.integer("embedding_length")
-    keys.check_epsilon("attention.layer_norm_rms_epsilon")
-    keys.check_epsilon("attention.layer_norm_epsilon")
     state_bytes = _state_bytes(keys, n_embd)
     n_head, n_kv_heads = _heads(keys, n_layer, recurrent=state_bytes > 0)
     n_kv_heads, recurrent_layers = _layer_kinds(keys, n_kv_heads, recurrent=state_bytes > 0)
@@ -172,10 +132,19 @@ def _geometry(architecture: str, keys: _Keys, tensors: Mapping[str, Tensor]) -> 
         recurrent_bytes_per_sequence=state_bytes * recurrent_layers,
         weights_bytes_host=sum(aligned(tensor.bytes, HOST_ALIGNMENT_BYTES) for tensor in tensors.values()),
         weights_bytes_offloaded=_offloaded_bytes(tensors),
+        rotation_changes_at=_rotation_changes_at(keys, tensors),
     )
 
 
-def _heads(keys: _Keys, n_layer: int, *, recurrent: bool) -> tuple[int, tuple[int, ...]]:
+def _rotation_changes_at(keys: Keys, tensors: Mapping[str, Tensor]) -> int:
+    """Models with two sets of rotation factors (Phi-3, MiniCPM) use the long one for contexts beyond what they began with."""
+    if not any(LONG_FACTORS in name for name in tensors):
+        return 0
+    trained = keys.integer("context_length", most=MAX_WINDOW)
+    return keys.integer("rope.scaling.original_context_length", default=trained, most=MAX_WINDOW)
+
+
+def _heads(keys: Keys, n_layer: int, *, recurrent: bool) -> tuple[int, tuple[int, ...]]:
     """(the most query heads, KV heads of each layer). Purely recurrent models have none."""
     heads = keys.per_layer("attention.head_count", n_layer, most=MAX_HEADS)
     kv_heads = keys.per_layer("attention.head_count_kv", n_layer, most=MAX_HEADS) if "attention.head_count_kv" in keys else heads
@@ -187,7 +156,7 @@ def _heads(keys: _Keys, n_layer: int, *, recurrent: bool) -> tuple[int, tuple[in
     return max(heads), kv_heads
 
 
-def _head_dim(keys: _Keys, key: str, n_embd: int, n_head: int) -> int:
+def _head_dim(keys: Keys, key: str, n_embd: int, n_head: int) -> int:
     if key in keys:
         return keys.integer(key, least=0 if n_head == 0 else 1, most=MAX_HEADS)
     if n_head and n_embd % n_head:
@@ -195,17 +164,17 @@ def _head_dim(keys: _Keys, key: str, n_embd: int, n_head: int) -> int:
     return n_embd // n_head if n_head else 0
 
 
-def _hidden_width(keys: _Keys, n_layer: int) -> int:
+def _hidden_width(keys: Keys, n_layer: int) -> int:
     """The widest hidden layer. Of experts, those that one token uses; of a recurrent block, its part of the work."""
     dense = max(keys.per_layer("feed_forward_length", n_layer, default=0))
-    used = keys.integer("expert_used_count", default=0, least=0, most=MAX_HEADS)
-    expert = keys.integer("expert_feed_forward_length", default=dense, least=0)
+    used = max(keys.per_layer("expert_used_count", n_layer, default=0, most=MAX_HEADS))
+    expert = max(keys.per_layer("expert_feed_forward_length", n_layer, default=dense))
     shared = keys.integer("expert_shared_feed_forward_length", default=0, least=0)
     recurrent = keys.integer("ssm.inner_size", default=0, least=0) * 3 // 2  # fitted to mamba
     return max(dense, used * expert + shared, recurrent)
 
 
-def _state_bytes(keys: _Keys, n_embd: int) -> int:
+def _state_bytes(keys: Keys, n_embd: int) -> int:
     """Of one recurrent layer and sequence (llama.cpp: n_embd_r + n_embd_s); 0 if the model has none."""
     if wkv := keys.integer("wkv.head_size", default=0, least=0):  # RWKV
         return F32_BYTES * n_embd * (wkv + keys.integer("token_shift_count", default=2))
@@ -217,7 +186,7 @@ def _state_bytes(keys: _Keys, n_embd: int) -> int:
     return F32_BYTES * (max(kernel - 1, 0) * (inner + 2 * groups * state) + state * inner)
 
 
-def _layer_kinds(keys: _Keys, n_kv_heads: tuple[int, ...], *, recurrent: bool) -> tuple[tuple[int, ...], int]:
+def _layer_kinds(keys: Keys, n_kv_heads: tuple[int, ...], *, recurrent: bool) -> tuple[tuple[int, ...], int]:
     """(KV heads of each layer, number of recurrent layers). A layer that is said to be neither may be both."""
     if not recurrent:
         return n_kv_heads, 0
@@ -226,7 +195,7 @@ def _layer_kinds(keys: _Keys, n_kv_heads: tuple[int, ...], *, recurrent: bool) -
     return n_kv_heads, n_kv_heads.count(0) or len(n_kv_heads)
 
 
-def _sliding(architecture: str, keys: _Keys, n_layer: int) -> tuple[int, tuple[bool, ...]]:
+def _sliding(architecture: str, keys: Keys, n_layer: int) -> tuple[int, tuple[bool, ...]]:
     window = keys.integer("attention.sliding_window", default=0, least=0, most=MAX_WINDOW)
     pattern = keys.metadata.get(f"{keys.prefix}attention.sliding_window_pattern")
     if architecture not in SLIDING_PERIOD or window < 2 or isinstance(pattern, Array):
@@ -236,7 +205,7 @@ def _sliding(architecture: str, keys: _Keys, n_layer: int) -> tuple[int, tuple[b
     return window, tuple((layer + 1) % period != 0 for layer in range(n_layer))
 
 
-def _vocabulary(keys: _Keys, tensors: Mapping[str, Tensor], n_embd: int) -> int:
+def _vocabulary(keys: Keys, tensors: Mapping[str, Tensor], n_embd: int) -> int:
     """Tokens, which the list of tokens and the embedding table must agree about."""
     if TOKEN_EMBEDDINGS not in tensors:
         raise Malformed(f"the tensor {TOKEN_EMBEDDINGS} is missing: an adapter or a projector, not a model?")

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from conductor.backend.memory_breakdown import MemoryBreakdown
-from conductor.core.estimate import Footprint
+from conductor.core.estimate import Footprint, batch_tokens, refusal, slot_cells, step_tokens
 from conductor.types import ContextSpec, DecodeRequest, DeviceKind
 
 ByteArray = npt.NDArray[np.uint8]
@@ -152,16 +152,19 @@ class Model:
         ll.llama_model_free(self._handle)
         self._handle = None
 
-    def footprint(self, spec: ContextSpec) -> Footprint | None:
-        """What the weights and a context take on the device; None if this llama.cpp does not tell. Raises LlamaError."""
-        context = self.context(spec, n_threads=1)
+    def footprint(self, spec: ContextSpec, *, step: int | None = None) -> Footprint | None:
+        """What the weights and a context take on the device; None if this llama.cpp does not tell. Raises LlamaError.
+
+        `step`: as if so many tokens were in work at once, instead of what the parameters say.
+        """
+        context = Context(self._llama, self, self._handle, self._kind, spec, n_threads=1, step=step)
         try:
             return context.footprint()
         finally:
             context.close()
 
     def context(self, spec: ContextSpec, *, n_threads: int) -> Context:
-        """A live context for one sequence. Raises LlamaError if it does not fit the device."""
+        """A live context for `spec.slots` sequences. Raises LlamaError if it does not fit the device, or cannot be."""
         return Context(self._llama, self, self._handle, self._kind, spec, n_threads=n_threads)
 
     def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
@@ -230,16 +233,27 @@ class Model:
 
 
 class Context:
-    """A live `llama_context` that holds one sequence."""
+    """A live `llama_context`. It may have room for several sequences; what is said of one here is said of the first."""
 
     def __init__(
-        self, llama: Llama, model: Model, model_handle: Any, kind: DeviceKind, spec: ContextSpec, *, n_threads: int
+        self,
+        llama: Llama,
+        model: Model,
+        model_handle: Any,
+        kind: DeviceKind,
+        spec: ContextSpec,
+        *,
+        n_threads: int,
+        step: int | None = None,
     ) -> None:
+        if why := refusal(spec):
+            raise LlamaError(why)
         params = ll.llama_context_default_params()
-        params.n_ctx = spec.window
-        params.n_batch = min(spec.n_batch, spec.window)
-        params.n_ubatch = min(spec.n_ubatch, params.n_batch)
-        params.n_seq_max = params.n_outputs_max = 1
+        params.n_ctx = spec.slots * slot_cells(spec)
+        params.n_batch = batch_tokens(spec)
+        params.n_ubatch = step or step_tokens(spec)
+        params.n_seq_max = params.n_outputs_max = spec.slots  # fewer outputs than sequences abort the process
+        params.kv_unified = False
         params.n_threads = params.n_threads_batch = n_threads
         params.flash_attn_type = int(spec.flash_attention)
         params.type_k = params.type_v = KV_TYPES[spec.kv_type]
@@ -287,6 +301,10 @@ class Context:
         if code != 0:
             meaning = {1: "no room in the KV cache", -1: "invalid batch"}
             raise self._llama.complaint(meaning.get(code, f"llama_decode gave {code}"))
+
+    def synchronize(self) -> None:
+        """Wait until what was decoded is computed: a GPU works on after `feed` has returned."""
+        ll.llama_synchronize(self.handle)
 
     def sample(self, sampler: Sampler) -> int:
         """The next token, from the logits of the last one decoded."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from conductor.core.estimate import Footprint
@@ -46,6 +47,18 @@ class _Map(ctypes.Structure):
     ]
 
 
+@dataclass(slots=True)
+class _Sum:
+    weights: int = 0
+    kv: int = 0
+    compute: int = 0
+
+    def add(self, sizes: _Sizes) -> None:
+        self.weights += sizes.model
+        self.kv += sizes.context
+        self.compute += sizes.compute
+
+
 class MemoryBreakdown:
     def __init__(self, lib: Any) -> None:
         self._get = getattr(lib, _SYMBOL, None)
@@ -65,12 +78,17 @@ class MemoryBreakdown:
         return self._get is not None
 
     def of(self, context: Any, kind: DeviceKind) -> Footprint:
-        """Sums over the buffers on the device: everything for `host`, what is not host memory for `cuda`."""
-        buffers = [sizes for is_host, *sizes in self._buffers(context) if kind is DeviceKind.HOST or not is_host]
-        weights, kv, compute = (sum(column) for column in zip(*buffers, strict=True)) if buffers else (0, 0, 0)
-        return Footprint(weights, kv, compute)
+        """Sums over the buffers: those on the device, and beside a GPU those in host memory."""
+        on_device, beside = _Sum(), _Sum()
+        for is_host, sizes in self._buffers(context):
+            (beside if is_host and kind is DeviceKind.CUDA else on_device).add(sizes)
+        return Footprint(
+            on_device.weights, on_device.kv, on_device.compute,
+            host_weights_bytes=beside.weights, host_context_bytes=beside.kv + beside.compute,
+        )  # fmt: skip
 
-    def _buffers(self, context: Any) -> Iterator[tuple[bool, int, int, int]]:
+    def _buffers(self, context: Any) -> Iterator[tuple[bool, _Sizes]]:
+        """For each type of buffer: whether it is host memory, and what is in it."""
         tree = _Map()
         self._get(ctypes.byref(tree), context)  # type: ignore[misc]
         nodes, pending = [], ([tree.root] if tree.count else [])
@@ -79,6 +97,6 @@ class MemoryBreakdown:
                 nodes.append(pointer.contents)
                 pending += [pointer.contents.left, pointer.contents.right]
         for node in nodes:
-            yield bool(self._is_host(node.buffer_type)), node.sizes.model, node.sizes.context, node.sizes.compute
+            yield bool(self._is_host(node.buffer_type)), node.sizes
         for address in [ctypes.addressof(node) for node in nodes]:  # the map is ours to free
             self._delete(address)

@@ -1,4 +1,7 @@
-"""What a dry run says before a load is what llama.cpp takes after it, to the byte; and no file gets further than the child."""
+"""What a dry run says before a load is what llama.cpp takes after it, to the byte; and no file gets further than the child.
+
+See also: `test_estimator.py`, which answers are kept and when the formula steps in.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +16,15 @@ from typing import Any
 
 import pytest
 
-from conductor.backend.catalog import Catalog
 from conductor.backend.dry_run import DryRun
-from conductor.backend.estimator import Estimator
-from conductor.backend.llama import Llama
-from conductor.config import parse_config
-from conductor.core.estimate import Footprint, ModelPlan
+from conductor.backend.file_identity import file_identity
+from conductor.backend.llama import Llama, LlamaError
+from conductor.core.estimate import MAX_CONTEXT_TOKENS, MAX_SLOTS, Footprint, ModelPlan
 from conductor.errors import BadModelFile, ConductorError, ModelLoadFailed
 from conductor.types import ContextSpec, DeviceKind, ModelId
 from tests.conftest import Start
+from tests.support.breakdown import breakdown, decode_slots, measure, opened_context, opened_model
+from tests.support.plans import plan_of
 from tests.support.tiny_gguf import write_tiny_gguf
 
 SHIPPED = sorted((Path(__file__).resolve().parents[2] / "models").glob("*.gguf"))
@@ -33,24 +36,25 @@ def dry_run() -> Iterator[DryRun]:
         yield dry_run
 
 
-def plan_of(path: Path) -> ModelPlan:
-    config = parse_config({"model_dirs": [str(path.parent)]}, source="test", directory=path.parent)
-    return Catalog(config).plan(str(path), DeviceKind.HOST)
+def said(dry_run: DryRun, plan: ModelPlan, spec: ContextSpec) -> Footprint:
+    return dry_run.measure(plan, file_identity(plan), [spec])[0]
 
 
-def taken(path: Path, spec: ContextSpec) -> Footprint | None:
+def taken(path: Path, spec: ContextSpec) -> Footprint:
     """What llama.cpp takes when it allocates in earnest."""
     model = Llama.instance().load(str(path), DeviceKind.HOST)
     try:
-        return model.footprint(spec)
+        footprint = model.footprint(spec)
     finally:
         model.close()
+    assert footprint is not None
+    return footprint
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_the_shipped_models_take_what_was_said(dry_run: DryRun, path: Path) -> None:
     spec = ContextSpec(window=2048)
-    assert dry_run.measure(plan_of(path), spec) == taken(path, spec)
+    assert said(dry_run, plan_of(path), spec) == taken(path, spec)
 
 
 def random_geometry(chance: random.Random, architecture: str) -> dict[str, Any]:
@@ -67,28 +71,104 @@ def random_geometry(chance: random.Random, architecture: str) -> dict[str, Any]:
     }
 
 
-def random_spec(chance: random.Random) -> ContextSpec:
+def random_spec(chance: random.Random, geometry: dict[str, Any]) -> ContextSpec:
     flash = chance.random() < 0.7
-    n_batch = chance.choice((32, 256, 512, 1024))
+    whole_blocks = geometry["architecture"] == "mamba" or geometry["n_embd"] // geometry["n_head"] % 32 == 0
     return ContextSpec(
         window=chance.choice((1, 200, 256, 1000, 2048, 5000)),
-        n_batch=n_batch,
-        n_ubatch=min(n_batch, chance.choice((16, 128, 512))),
-        kv_type=chance.choice(("f16", "f32")),
+        slots=chance.randint(1, 8),
+        n_batch=chance.choice((1, 32, 256, 512, 1024)),
+        n_ubatch=chance.choice((1, 8, 16, 128, 512)),
+        kv_type=chance.choice(("f16", "f32", "q8_0", "q4_0") if flash and whole_blocks else ("f16", "f32")),
         flash_attention=flash,
     )
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma3", "mamba"])
+ARCHITECTURES = ("llama", "qwen2", "gemma3", "mamba")
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_twenty_five_random_geometries_and_parameters_take_what_was_said(
     dry_run: DryRun, architecture: str, tmp_path: Path
 ) -> None:
     chance = random.Random(architecture)
     for i in range(25):
-        path = write_tiny_gguf(tmp_path / f"{i}.gguf", **random_geometry(chance, architecture))
-        spec = random_spec(chance)
-        assert dry_run.measure(plan_of(path), spec) == taken(path, spec), (path, spec)
+        geometry = random_geometry(chance, architecture)
+        path = write_tiny_gguf(tmp_path / f"{i}.gguf", **geometry)
+        spec = random_spec(chance, geometry)
+        assert said(dry_run, plan_of(path), spec) == taken(path, spec), (geometry, spec)
         path.unlink()
+
+
+@pytest.mark.parametrize("spec", [ContextSpec(window=1024, n_batch=2), ContextSpec(window=1024, slots=5, n_batch=8)], ids=str)
+def test_generating_may_take_more_than_reading_and_is_asked_about_too(dry_run: DryRun, spec: ContextSpec, tmp_path: Path) -> None:
+    path = write_tiny_gguf(tmp_path / "model.gguf", n_vocab=3000)
+    with opened_model(path, dry=True) as model:
+        reading = measure(model, spec).compute_bytes
+    assert reading < said(dry_run, plan_of(path), spec).compute_bytes == taken(path, spec).compute_bytes
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_what_a_context_takes_stays_the_same_however_its_slots_fill(architecture: str, tmp_path: Path) -> None:
+    chance = random.Random(architecture)
+    path = write_tiny_gguf(tmp_path / "model.gguf", architecture=architecture, n_layer=7 if architecture == "gemma3" else 2)
+    with opened_model(path) as model:
+        for _ in range(8):
+            slots = chance.randint(1, 8)
+            spec = ContextSpec(512, slots, n_batch=256, n_ubatch=chance.choice((16, 100)), flash_attention=chance.random() < 0.5)
+            with opened_context(model, spec) as context:
+                empty = breakdown(context)
+                decode_slots(context, {0: 240})  # a prompt as long as several steps
+                decode_slots(context, dict.fromkeys(range(slots), 1))
+                decode_slots(context, {slot: chance.randint(1, 30) for slot in range(slots)})
+                assert breakdown(context) == empty, spec
+
+
+def test_several_contexts_are_asked_about_in_one_question(dry_run: DryRun, tmp_path: Path) -> None:
+    plan = plan_of(write_tiny_gguf(tmp_path / "model.gguf"))
+    specs = [ContextSpec(window=256 * n, slots=1 + n % 3) for n in range(1, 20)]
+    assert dry_run.measure(plan, file_identity(plan), specs) == [said(dry_run, plan, spec) for spec in specs]
+
+
+def test_another_file_under_the_same_path_is_not_taken_for_the_one_before(dry_run: DryRun, tmp_path: Path) -> None:
+    path = write_tiny_gguf(tmp_path / "model.gguf", n_layer=2)
+    before = said(dry_run, plan_of(path), ContextSpec(window=256))
+    plan = plan_of(write_tiny_gguf(path, n_layer=4))
+    after = said(dry_run, plan, ContextSpec(window=256))
+    assert after.kv_bytes == 2 * before.kv_bytes
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        ContextSpec(window=256, n_batch=0),
+        ContextSpec(window=256, n_ubatch=0),
+        ContextSpec(window=256, kv_type="i32"),
+        ContextSpec(window=256, slots=0),
+        ContextSpec(window=256, slots=MAX_SLOTS + 1),
+        ContextSpec(window=0),
+        ContextSpec(window=2**31, slots=2),
+    ],
+    ids=str,
+)
+def test_parameters_that_llama_would_not_survive_do_not_reach_it(dry_run: DryRun, spec: ContextSpec, tmp_path: Path) -> None:
+    plan = plan_of(write_tiny_gguf(tmp_path / "model.gguf", architecture="mamba"))
+    with pytest.raises(ModelLoadFailed):
+        said(dry_run, plan, spec)
+    assert said(dry_run, plan, ContextSpec(window=256)).weights_bytes > 0
+    model = Llama.instance().load(plan.path, DeviceKind.HOST)
+    with pytest.raises(LlamaError):
+        model.context(spec, n_threads=1)
+    model.close()
+
+
+def test_the_largest_that_is_let_through_is_survived(dry_run: DryRun, tmp_path: Path) -> None:
+    plan = plan_of(write_tiny_gguf(tmp_path / "model.gguf", architecture="mamba"))  # a window costs it nothing
+    few = ContextSpec(window=256, slots=MAX_SLOTS, n_batch=1, n_ubatch=1)
+    assert said(dry_run, plan, few) == taken(Path(plan.path), few)
+    whole = ContextSpec(window=MAX_CONTEXT_TOKENS)
+    shared = ContextSpec(window=MAX_CONTEXT_TOKENS // MAX_SLOTS // 256 * 256, slots=MAX_SLOTS)
+    assert said(dry_run, plan, shared).kv_bytes == MAX_SLOTS * said(dry_run, plan, whole).kv_bytes
 
 
 def test_a_file_that_makes_llama_abort_ends_the_child_only(dry_run: DryRun, tmp_path: Path) -> None:
@@ -101,8 +181,8 @@ def test_a_file_that_makes_llama_abort_ends_the_child_only(dry_run: DryRun, tmp_
     bad.write_bytes(raw)
     hostile = replace(good, id=ModelId("hostile"), path=str(bad))
     with pytest.raises(BadModelFile, match="does not survive"):
-        dry_run.measure(hostile, ContextSpec(window=256))
-    assert dry_run.measure(good, ContextSpec(window=256)).weights_bytes > 0
+        said(dry_run, hostile, ContextSpec(window=256))
+    assert said(dry_run, good, ContextSpec(window=256)).weights_bytes > 0
 
 
 def test_what_llama_refuses_is_a_load_that_failed_with_its_reason(dry_run: DryRun, tmp_path: Path) -> None:
@@ -110,24 +190,17 @@ def test_what_llama_refuses_is_a_load_that_failed_with_its_reason(dry_run: DryRu
     raw = path.read_bytes()
     path.write_bytes(raw.replace(b"blk.1.ffn_up.weight", b"blk.1.ffn_ap.weight"))
     with pytest.raises(ModelLoadFailed, match="ffn_up"):
-        dry_run.measure(plan_of(path), ContextSpec(window=256))
+        said(dry_run, plan_of(path), ContextSpec(window=256))
 
 
 def test_a_child_that_was_killed_is_replaced(dry_run: DryRun, tmp_path: Path) -> None:
     plan = plan_of(write_tiny_gguf(tmp_path / "model.gguf"))
-    before = dry_run.measure(plan, ContextSpec(window=256))
+    before = said(dry_run, plan, ContextSpec(window=256))
     assert dry_run.child_pid is not None
     os.kill(dry_run.child_pid, signal.SIGKILL)
-    again = dry_run.measure(plan, ContextSpec(window=512))
+    again = said(dry_run, plan, ContextSpec(window=512))
     assert again.weights_bytes == before.weights_bytes
     assert again.kv_bytes == 2 * before.kv_bytes
-
-
-def test_absurd_windows_are_priced_without_asking_llama(tmp_path: Path) -> None:
-    plan = plan_of(write_tiny_gguf(tmp_path / "model.gguf"))
-    with contextlib.closing(Estimator()) as estimator:
-        priced = estimator.estimate(plan, ContextSpec(window=2**31 - 1), at_most=1 << 30)
-        assert priced.kv_bytes > 1 << 30
 
 
 async def test_what_is_booked_at_admission_is_what_is_taken_and_nothing_is_corrected(start: Start) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import random
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 
 from conductor.backend.gguf_file import BLOCKS
 from conductor.backend.gguf_header import read_header
-from conductor.core.estimate import Geometry, compute_bytes, context_bytes, kv_bytes
+from conductor.core.estimate import Geometry, cache_bytes, compute_bytes, context_bytes
 from conductor.types import ContextSpec, DeviceKind
 from conductor.units import MIB
 from tests.support.breakdown import Breakdown, measure, opened_context, opened_model
@@ -30,12 +31,18 @@ SPECS = (
     ContextSpec(window=4096, kv_type="q4_0"),
     ContextSpec(window=2048, kv_type="f32", flash_attention=False),
     ContextSpec(window=1000, flash_attention=False),
+    ContextSpec(window=1000, slots=3),
+    ContextSpec(window=2048, slots=8, n_ubatch=128),
+    ContextSpec(window=2048, slots=4, kv_type="q8_0"),
+    ContextSpec(window=512, slots=5, flash_attention=False),
 )
 LARGE_SPECS = (
     *SPECS,
     ContextSpec(window=32768),
     ContextSpec(window=131072, kv_type="q8_0"),
     ContextSpec(window=8192, n_ubatch=64),
+    ContextSpec(window=16384, slots=8),
+    ContextSpec(window=8192, slots=6, kv_type="f32", n_ubatch=256),
 )
 
 #: true geometries, made hollow and run dry
@@ -52,10 +59,13 @@ LARGE: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
+#: times the real figure, for buffers of some MiB; `Estimator.how` repeats it
+MOST_ABOVE = {"llama": 1.6, "qwen2": 1.6, "gemma3": 1.9, "mamba": 1.9}
+
 
 def hold_against(real: Breakdown, geometry: Geometry, spec: ContextSpec, *, at_most: float = 1.35) -> None:
     assert geometry.weights_bytes_host == real.model_bytes
-    assert kv_bytes(geometry, spec) + geometry.recurrent_bytes_per_sequence == real.context_bytes
+    assert cache_bytes(geometry, spec, device=DeviceKind.HOST) == real.context_bytes
     assert real.compute_bytes <= compute_bytes(geometry, spec, device=DeviceKind.HOST) <= at_most * real.compute_bytes + MIB
     total = real.context_bytes + real.compute_bytes
     assert total <= context_bytes(geometry, spec, device=DeviceKind.HOST) <= at_most * total + MIB
@@ -94,6 +104,45 @@ def test_other_architectures_are_never_below_and_get_the_larger_margin(tmp_path:
     with opened_model(path, dry=True) as model:
         for spec in SPECS:
             hold_against(measure(model, spec), geometry, spec, at_most=1.6)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma3", "mamba"])
+def test_random_geometries_and_slots_are_never_below_the_real_figure(tmp_path: Path, architecture: str) -> None:
+    chance = random.Random(architecture)
+    path = tmp_path / "hollow.gguf"
+    for _ in range(8):
+        geometry = read_header(write_tiny_gguf(path, **random_geometry(chance, architecture), hollow=True)).geometry
+        with opened_model(path, dry=True) as model:
+            for _ in range(5):
+                spec = random_spec(chance)
+                hold_against(measure(model, spec), geometry, spec, at_most=MOST_ABOVE[architecture])
+
+
+def random_geometry(chance: random.Random, architecture: str) -> dict[str, Any]:
+    n_head, head_dim = chance.choice((8, 16, 32)), chance.choice((64, 96, 128))
+    return {
+        "architecture": architecture,
+        "n_layer": 7 if architecture == "gemma3" else chance.randint(2, 5),
+        "n_head": n_head,
+        "n_kv_head": chance.choice((1, 2, 4, 8)),
+        "head_dim": head_dim,
+        "n_embd": n_head * head_dim,
+        "n_ff": n_head * head_dim * chance.randint(2, 6),
+        "n_vocab": chance.choice((1000, 30000)),
+        "tied": chance.random() < 0.5,
+    }
+
+
+def random_spec(chance: random.Random) -> ContextSpec:
+    flash = chance.random() < 0.7
+    return ContextSpec(
+        window=chance.choice((1, 1000, 4096, 30000) if flash else (1, 1000, 4096)),
+        slots=chance.randint(1, 8),
+        n_batch=chance.choice((64, 512, 2048)),
+        n_ubatch=chance.choice((16, 128, 512, 1024)),
+        kv_type=chance.choice(("f16", "f32", "q8_0", "q4_0") if flash else ("f16", "f32")),
+        flash_attention=flash,
+    )
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)

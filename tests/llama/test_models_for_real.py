@@ -137,14 +137,36 @@ async def test_a_window_longer_than_trained_is_admitted_with_a_warning(start: St
     assert "300" in warning
 
 
-async def test_a_window_that_no_device_of_this_size_holds_is_never_admitted(start: Start, tiny: Path) -> None:
+async def test_a_window_that_no_device_of_this_size_holds_is_never_guaranteed(start: Start, tiny: Path) -> None:
     conductor = await start({"tiny": tiny})
     with pytest.raises(AdmissionRefused) as refused:
-        await conductor.register("ada", "tiny", window=2**31 - 1)
+        await conductor.register("ada", "tiny", window=2**31 - 1, service_class="guaranteed")
     assert refused.value.code is RefusalCode.NEVER
     window = refused.value.refusal.largest_window
     assert window is not None
-    await conductor.register("ada", "tiny", window=window)
+    await conductor.register("ada", "tiny", window=window, service_class="guaranteed")
+    assert (await conductor.decode("ada", "hello", max_tokens=1)).generated_tokens == 1
+
+
+async def test_a_shared_agent_is_told_how_much_of_an_endless_window_it_can_ever_have(start: Start, tiny: Path) -> None:
+    conductor = await start({"tiny": tiny})
+    admission = await conductor.register("ada", "tiny", window=2**31 - 1)
+    assert admission.first_window == 4096
+    assert any("no more than" in warning for warning in admission.warnings)
+    assert (await conductor.decode("ada", "hello", max_tokens=1)).generated_tokens == 1
+
+
+async def test_a_file_that_was_replaced_while_its_weights_were_parked_is_not_loaded_as_if_it_were_the_same(
+    start: Start, tmp_path: Path
+) -> None:
+    one, other = write_tiny_gguf(tmp_path / "one.gguf", seed=1), write_tiny_gguf(tmp_path / "other.gguf", seed=2)
+    conductor = await start({"one": one})
+    await conductor.register("ada", "one", service_class="best_effort")  # its weights are loaded for its turn
+    os.replace(other, one)
+    with pytest.raises(ModelLoadFailed, match="another one than when it was admitted"):
+        await conductor.decode("ada", "hello", max_tokens=1)
+    await conductor.unregister("ada")
+    await conductor.register("ada", "one")
     assert (await conductor.decode("ada", "hello", max_tokens=1)).generated_tokens == 1
 
 

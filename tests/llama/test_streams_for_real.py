@@ -10,7 +10,7 @@ import pytest
 
 from conductor.backend.catalog import Catalog
 from conductor.backend.engine import Engine
-from conductor.backend.turn import TurnOrder
+from conductor.backend.turn import TurnOrder, TurnOutcome
 from conductor.config import parse_config
 from conductor.errors import InvalidRequest, TurnCancelled, UnknownAgent, WindowFull
 from conductor.types import (
@@ -20,6 +20,7 @@ from conductor.types import (
     DecodeResult,
     DeviceKind,
     FinishReason,
+    KvPlace,
 )
 from tests.conftest import Start
 from tests.support.parrot import write_parrot
@@ -113,7 +114,7 @@ def test_a_turn_ended_in_its_prompt_leaves_the_conversation_as_it_was(
 ) -> None:
     """Below the conductor, where the moment can be chosen: after so many batches of the prompt."""
     path = write_tiny_gguf(tmp_path / "tiny.gguf", architecture=architecture, sliding_window=32, n_layer=6, seed=9)
-    document = {"device": {"kind": "host"}, "host_kv_budget": "4MiB", "threads": 1, "model_dirs": [str(tmp_path)]}
+    document = {"device": {"kind": "host"}, "host_budget": "4MiB", "threads": 1, "model_dirs": [str(tmp_path)]}
     config = parse_config(document, source="test", directory=tmp_path)
     engine = Engine(config)
     plan = Catalog(config).plan(str(path), DeviceKind.HOST)
@@ -129,10 +130,12 @@ def test_a_turn_ended_in_its_prompt_leaves_the_conversation_as_it_was(
             with pytest.raises(TurnCancelled):
                 engine.run_turn(order(agent, long, window=200 if not shift else held + 40, shift=shift, stopped=Stopper(at)))
         assert engine.tokens(agent) == held
-        engine.close_context(agent, save=True)
+        engine.close_context(agent, to=KvPlace.HOST)
         engine.open_context(agent, plan.id, spec)
-        answers.append(engine.run_turn(order(agent, "hello", window=200)).tokens)
-        engine.close_context(agent, save=False)
+        answer = engine.run_turn(order(agent, "hello", window=200))
+        assert isinstance(answer, TurnOutcome)
+        answers.append(answer.tokens)
+        engine.close_context(agent, to=KvPlace.TOKENS)
         engine.forget(agent)
     assert answers[0] == answers[1]
     engine.unload(plan.id)
@@ -141,7 +144,8 @@ def test_a_turn_ended_in_its_prompt_leaves_the_conversation_as_it_was(
 def order(
     agent: AgentId, prompt: str, *, window: int, shift: bool = False, stopped: Callable[[], bool] = lambda: False
 ) -> TurnOrder:
-    return TurnOrder(agent, DecodeRequest(prompt=prompt, max_tokens=12), window, context_shift=shift, stopped=stopped)
+    request = DecodeRequest(prompt=prompt, max_tokens=12)
+    return TurnOrder(agent, request, window=window, room=window, context_shift=shift, stopped=stopped)
 
 
 async def test_a_caller_who_leaves_while_the_prompt_is_read_leaves_no_trace(start: Start) -> None:

@@ -131,7 +131,7 @@ async def test_every_architecture_survives_the_swap(start: Start, tmp_path: Path
 
 
 async def test_without_host_memory_conversations_are_recomputed_and_go_on(start: Start) -> None:
-    conductor = await start(shipped_models(), host_kv_budget=4096)
+    conductor = await start(shipped_models(), host_budget=4096)
     agents = {name: turns[:5] for name, turns in shipped_agents().items()}
     held = dict.fromkeys(agents, 0)
     for name in agents:
@@ -151,7 +151,7 @@ async def test_without_host_memory_conversations_are_recomputed_and_go_on(start:
 
 async def test_a_recomputed_conversation_answers_as_if_it_had_been_one_prompt(start: Start) -> None:
     """Recomputing decodes in another grouping than talking did, so the promise is that of a prompt, not of a swap."""
-    conductor = await start(shipped_models(), host_kv_budget=0)
+    conductor = await start(shipped_models(), host_budget=0)
     for name in ("coder", "reviewer"):
         await conductor.register(name, name, window=WINDOW)
     first, second = prompts(2, form=LLAMA3)
@@ -166,10 +166,10 @@ async def test_a_recomputed_conversation_answers_as_if_it_had_been_one_prompt(st
 
 
 async def test_an_arena_with_room_for_one_keeps_one_and_recomputes_the_other(start: Start) -> None:
-    conductor = await start(shipped_models(), host_kv_budget="400KiB")
+    conductor = await start(shipped_models(), host_budget="400KiB")
     for name in SHIPPED:
         await conductor.register(name, name, window=WINDOW)
     for name, form in SHIPPED.items():
         await conductor.decode(name, prompts(4, form=form)[0], max_tokens=1)
-    results = [await conductor.decode(name, "go on", max_tokens=1) for name in ("coder", "reviewer")]
+    results = [await conductor.decode(name, "go on", max_tokens=1) for name in ("reviewer", "documenter")]
     assert [(result.kv_swap_restored, result.recomputed_tokens > 0) for result in results] == [(True, False), (False, True)]

@@ -56,7 +56,7 @@ async def test_nothing_can_be_continued_before_it_began(start: Start) -> None:
 
 
 async def test_a_conductor_starts_itself_when_it_is_first_asked(tmp_path: Path) -> None:
-    config = parse_config({"device": {"kind": "host"}, "host_kv_budget": 0}, source="test", directory=tmp_path)
+    config = parse_config({"device": {"kind": "host"}, "host_budget": 0}, source="test", directory=tmp_path)
     with pytest.raises(UnknownAgent):
         await GpuConductor(config).decode("ada", "hello")
 
@@ -205,11 +205,11 @@ async def test_a_context_that_cannot_be_saved_is_closed_all_the_same_and_its_con
     await conductor.register("bob", "reviewer")
     first = await conductor.decode("ada", "import os\n", max_tokens=8)
 
-    def broken(self: KvStore, bytes: int) -> None:
+    def broken(self: KvStore, *arguments: Any, **options: Any) -> None:
         raise OSError("no memory")
 
     with monkeypatch.context() as broken_arena:
-        broken_arena.setattr(KvStore, "allocate", broken)
+        broken_arena.setattr(KvStore, "write", broken)
         await conductor.decode("bob", "import os\n", max_tokens=2)
     again = await conductor.decode("ada", "import sys\n", max_tokens=2)
     assert again.recomputed_tokens > 0
@@ -217,5 +217,5 @@ async def test_a_context_that_cannot_be_saved_is_closed_all_the_same_and_its_con
 
 
 async def test_a_window_whose_kv_exceeds_the_host_budget_is_admitted_with_a_warning(start: Start) -> None:
-    conductor = await start({"coder": SHIPPED["coder"]}, host_kv_budget="1MiB")
-    assert any("host_kv_budget" in warning for warning in (await conductor.register("ada", "coder")).warnings)
+    conductor = await start({"coder": SHIPPED["coder"]}, host_budget="1MiB")
+    assert any("host_budget" in warning for warning in (await conductor.register("ada", "coder")).warnings)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes as c
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,6 +77,7 @@ def opened_model(path: Path, *, dry: bool = False) -> Iterator[int]:
     """A model handle on the CPU. `dry` allocates neither weights nor, in its contexts, KV and compute buffers."""
     _silence()
     params = llama.llama_model_default_params()
+    params.n_gpu_layers, params.devices = 0, c.cast((c.c_void_p * 1)(None), c.c_void_p)
     params.no_alloc = dry
     params.load_mode = llama.LLAMA_LOAD_MODE_NONE  # a dry run aborts with mmap
     model = llama.llama_model_load_from_file(str(path).encode(), params)
@@ -89,10 +90,13 @@ def opened_model(path: Path, *, dry: bool = False) -> Iterator[int]:
 
 @contextmanager
 def opened_context(model: int, spec: ContextSpec) -> Iterator[int]:
-    """A context as the conductor makes them: one sequence, one output, sliding caches no longer than they need be."""
+    """A context as the conductor makes them: one output and a cache for each slot, sliding caches no longer than need be."""
     params = llama.llama_context_default_params()
-    params.n_ctx, params.n_batch, params.n_ubatch = spec.window, spec.n_batch, spec.n_ubatch
-    params.n_seq_max = params.n_outputs_max = 1
+    params.n_ctx = -(-spec.window // 256) * 256 * spec.slots
+    least = 3 * spec.slots if spec.slots > 1 else 1
+    params.n_batch = max(least, min(spec.n_batch, spec.window * spec.slots))
+    params.n_ubatch = max(least, min(spec.n_ubatch, params.n_batch))
+    params.n_seq_max = params.n_outputs_max = spec.slots
     params.type_k = params.type_v = KV_TYPES[spec.kv_type]
     params.flash_attn_type = int(spec.flash_attention)
     params.swa_full = False
@@ -102,6 +106,22 @@ def opened_context(model: int, spec: ContextSpec) -> Iterator[int]:
         yield context
     finally:
         llama.llama_free(context)
+
+
+def decode_slots(context: int, lengths: Mapping[int, int]) -> None:
+    """In one batch, so many further tokens of each slot; the last of each is asked for its logits."""
+    memory = llama.llama_get_memory(context)
+    batch = llama.llama_batch_init(sum(lengths.values()), 0, 1)
+    for slot, length in lengths.items():
+        start = llama.llama_memory_seq_pos_max(memory, slot) + 1
+        for position in range(start, start + length):
+            i, batch.n_tokens = batch.n_tokens, batch.n_tokens + 1
+            batch.token[i], batch.pos[i] = i % 100, position
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, slot
+            batch.logits[i] = position == start + length - 1
+    code = llama.llama_decode(context, batch)
+    llama.llama_batch_free(batch)
+    assert code == 0
 
 
 def measure(model: int, spec: ContextSpec) -> Breakdown:

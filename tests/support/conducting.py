@@ -54,7 +54,7 @@ def document_of(resource: str, directory: Path, models: dict[str, Path], **optio
     """The configuration as it stands in a file."""
     return {
         "device": {"kind": "host", "host_bytes": "64MiB"},
-        "host_kv_budget": "8MiB",
+        "host_budget": "8MiB",
         "threads": 1,
         "model_dirs": [str(directory)],
         "models": {key: {"path": str(path), "window": 512} for key, path in models.items()},

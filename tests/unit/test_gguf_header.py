@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import struct
-from collections.abc import Callable
 from pathlib import Path
 
 import gguf
@@ -14,9 +13,8 @@ import pytest
 
 from conductor.backend.gguf_header import GgufHeader, read_header
 from conductor.errors import BadModelFile
+from tests.support.headers import BOOL, F32, STRING, U32, container, problem_of, remove, replace, text, write_header
 from tests.support.tiny_gguf import write_tiny_gguf
-
-Edit = Callable[[gguf.GGUFWriter], object]
 
 
 @pytest.fixture(scope="module")
@@ -29,48 +27,6 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "model.gguf"
 
 
-def write_header(path: Path, *edits: Edit, rows: int = 4, architecture: str = "llama", n_embd: int = 8) -> Path:
-    """A file of one tensor and the least metadata, after `edits`, each of which may add a key or replace one."""
-    writer = gguf.GGUFWriter(path, architecture)
-    writer.add_block_count(2)
-    writer.add_context_length(128)
-    writer.add_embedding_length(n_embd)
-    writer.add_feed_forward_length(16)
-    writer.add_head_count(2)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_token_list([f"t{i}" for i in range(rows)])
-    for edit in edits:
-        edit(writer)
-    writer.add_tensor("token_embd.weight", np.zeros((rows, n_embd), np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
-def replace(key: str, value: object, kind: gguf.GGUFValueType) -> Edit:
-    def edit(writer: gguf.GGUFWriter) -> None:
-        writer.kv_data[0].pop(key, None)
-        writer.add_key_value(key, value, kind)
-
-    return edit
-
-
-def remove(key: str) -> Edit:
-    return lambda writer: writer.kv_data[0].pop(key)
-
-
-def problem_of(path: Path | str) -> str:
-    with pytest.raises(BadModelFile) as caught:
-        read_header(path)
-    assert caught.value.path == str(path)
-    return caught.value.problem
-
-
-U32, F32, STRING, BOOL = (gguf.GGUFValueType[name] for name in ("UINT32", "FLOAT32", "STRING", "BOOL"))
-
-
 class TestGoodFiles:
     def test_a_llama_header_gives_its_geometry_and_names(self, path: Path) -> None:
         header = read_header(
@@ -81,6 +37,14 @@ class TestGoodFiles:
         assert (g.n_layer, g.n_embd, g.n_head, g.n_kv_heads, g.n_ff) == (3, 64, 4, (2, 2, 2), 128)
         assert (g.head_dim_k, g.head_dim_v, g.n_vocab, g.trained_window) == (16, 16, 320, 2048)
         assert (g.sliding_window, any(g.sliding_layers), g.recurrent_bytes_per_sequence) == (0, False, 0)
+
+    def test_two_sets_of_rotation_factors_are_seen_with_the_window_where_they_change(self, path: Path) -> None:
+        assert read_header(write_header(path)).geometry.rotation_changes_at == 0
+        factors = [
+            lambda w: w.add_tensor("rope_factors_long.weight", np.ones(8, np.float32)),
+            lambda w: w.add_rope_scaling_orig_ctx_len(512),
+        ]
+        assert read_header(write_header(path, *factors)).geometry.rotation_changes_at == 512
 
     def test_an_absent_chat_template_is_seen(self, path: Path) -> None:
         assert not read_header(write_tiny_gguf(path, chat_template=None)).has_chat_template
@@ -200,40 +164,31 @@ class TestDamagedFiles:
         path.write_bytes(good[:offset] + struct.pack("<Q", 1 << 60) + good[offset + 8 :])
         assert "absurd counts" in problem_of(path)
 
-    @staticmethod
-    def container(*entries: bytes, n_tensors: int = 0) -> bytes:
-        """A GGUF file of these metadata entries and then tensor entries."""
-        return b"GGUF" + struct.pack("<IQQ", 3, n_tensors, len(entries) - n_tensors) + b"".join(entries)
-
-    @staticmethod
-    def text(value: bytes) -> bytes:
-        return struct.pack("<Q", len(value)) + value
-
     def test_a_key_twice(self, path: Path) -> None:
-        entry = self.text(b"a") + struct.pack("<IB", 0, 1)
-        path.write_bytes(self.container(entry, entry))
+        entry = text(b"a") + struct.pack("<IB", 0, 1)
+        path.write_bytes(container(entry, entry))
         assert problem_of(path) == "metadata key 'a' appears twice"
 
     def test_a_key_that_is_not_utf8(self, path: Path) -> None:
-        path.write_bytes(self.container(self.text(b"\xff\xfe") + struct.pack("<IB", 0, 1)))
+        path.write_bytes(container(text(b"\xff\xfe") + struct.pack("<IB", 0, 1)))
         assert "not UTF-8" in problem_of(path)
 
     def test_unknown_value_types(self, path: Path) -> None:
-        path.write_bytes(self.container(self.text(b"a") + struct.pack("<IQ", 77, 1)))
+        path.write_bytes(container(text(b"a") + struct.pack("<IQ", 77, 1)))
         assert "unknown value type 77" in problem_of(path)
-        path.write_bytes(self.container(self.text(b"a") + struct.pack("<IIQ", 9, 9, 1)))
+        path.write_bytes(container(text(b"a") + struct.pack("<IIQ", 9, 9, 1)))
         assert "unsupported type 9" in problem_of(path)
 
     @pytest.mark.parametrize("type_id", [4, 8])
     @pytest.mark.parametrize("count", [2000, (1 << 64) - 1])
     def test_lists_longer_than_the_file(self, path: Path, type_id: int, count: int) -> None:
-        path.write_bytes(self.container(self.text(b"a") + struct.pack("<IIQ", 9, type_id, count) + bytes(100)))
+        path.write_bytes(container(text(b"a") + struct.pack("<IIQ", 9, type_id, count) + bytes(100)))
         assert any(word in problem_of(path) for word in ("truncated", "absurd"))
 
     def test_strings_longer_than_the_file(self, path: Path) -> None:
-        path.write_bytes(self.container(self.text(b"a") + struct.pack("<IQ", 8, 1 << 63)))
+        path.write_bytes(container(text(b"a") + struct.pack("<IQ", 8, 1 << 63)))
         assert "truncated" in problem_of(path)
-        path.write_bytes(self.container(self.text(b"a") + struct.pack("<IIQQ", 9, 8, 1, 1 << 63)))
+        path.write_bytes(container(text(b"a") + struct.pack("<IIQQ", 9, 8, 1, 1 << 63)))
         assert "truncated" in problem_of(path)
 
     @pytest.mark.parametrize(
@@ -250,8 +205,8 @@ class TestDamagedFiles:
         ],
     )
     def test_bad_tensors(self, path: Path, dims: tuple[int, ...], type_id: int, offset: int, said: str) -> None:
-        entry = self.text(b"t") + struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, type_id, offset)
-        path.write_bytes(self.container(entry, n_tensors=1))
+        entry = text(b"t") + struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, type_id, offset)
+        path.write_bytes(container(entry, n_tensors=1))
         assert said in problem_of(path)
 
     def test_random_damage_ends_in_a_header_or_in_bad_model_file(self, path: Path, good: bytes) -> None:
@@ -323,7 +278,7 @@ class TestMetadataThatMakesNoSense:
 
     def test_tokens_that_do_not_match_the_embedding_table(self, path: Path) -> None:
         problem = problem_of(write_header(path, remove("tokenizer.ggml.tokens"), lambda w: w.add_token_list(["a"] * 5)))
-        assert problem == "tokenizer.ggml.tokens has 5 entries, the embedding table 4"
+        assert problem == "tokenizer.ggml.tokens has 5 entries, the embedding table 16"
 
     def test_scores_that_do_not_match_the_embedding_table(self, path: Path) -> None:
         assert "scores has 3 entries" in problem_of(write_header(path, lambda w: w.add_token_scores([0.0] * 3)))

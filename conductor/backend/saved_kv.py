@@ -1,0 +1,99 @@
+"""The KV of agents that have no context: whose is where, and what became of those that could not be kept.
+
+Covers the way from a live context into the store and back. Where the bytes lie and how they are checked is `kv_store`'s,
+what a lost cache means for a session is `conversation`'s. Every method is about one agent; those of different agents may
+run at the same time.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import Counter
+
+from conductor.backend.kv_seal import DamagedBlob, Label
+from conductor.backend.kv_store import Blob, KvStore
+from conductor.backend.llama import Context, LlamaError
+from conductor.types import AgentId, HostMemoryStatus, KvPlace
+
+log = logging.getLogger("conductor")
+
+
+class SavedKv:
+    def __init__(self, store: KvStore) -> None:
+        self._store = store
+        self._blobs: dict[AgentId, Blob] = {}
+        self._fates: Counter[str] = Counter()
+        self._fates_lock = threading.Lock()
+
+    def close(self) -> None:
+        self._store.close()
+
+    def status(self) -> HostMemoryStatus:
+        store, fates = self._store, self._fates
+        return HostMemoryStatus(
+            budget_bytes=store.budget_bytes,
+            used_bytes=store.used_bytes,
+            pinned=store.pinned,
+            disk_budget_bytes=store.disk_budget_bytes,
+            disk_used_bytes=store.disk_used_bytes,
+            moved_to_disk=fates["moved"],
+            dropped=fates["dropped"],
+            damaged=fates["damaged"],
+        )
+
+    def count_dropped(self) -> None:
+        self._count("dropped")
+
+    def _count(self, fate: str) -> None:
+        with self._fates_lock:
+            self._fates[fate] += 1
+
+    def save(self, agent_id: AgentId, context: Context, label: Label, *, to: KvPlace) -> Blob | None:
+        """Copy the context's KV; None if there is no room for it or llama.cpp would not give it."""
+        try:
+            blob = self._store.write(context.state_bytes(), label, context.save, to=to)
+        except LlamaError as error:
+            log.warning("the KV of %s could not be saved: %s", agent_id, error)
+            blob = None
+        if blob is None:
+            self.count_dropped()
+        else:
+            self._blobs[agent_id] = blob
+        return blob
+
+    def restore(self, agent_id: AgentId, context: Context, label: Label) -> int:
+        """Bring the agent's KV back, and free its place. Returns its bytes; 0 if there is none that can be used."""
+        blob = self._blobs.pop(agent_id, None)
+        if blob is None:
+            return 0
+        try:
+            if self._store.read(blob, label, context.restore):
+                return blob.bytes
+            self.count_dropped()
+        except DamagedBlob as damage:
+            log.warning("the saved KV of %s is not used: %s", agent_id, damage)
+            self._count("damaged")
+        finally:
+            self._store.free(blob)
+        return 0
+
+    def move_to_disk(self, agent_id: AgentId) -> bool:
+        """False if the disk would not have it; then it is gone."""
+        if self._store.to_disk(self._blobs[agent_id]):
+            self._count("moved")
+            return True
+        self.drop(agent_id)
+        return False
+
+    def drop(self, agent_id: AgentId) -> None:
+        """Give the place of the agent's KV to others; the session is recomputed."""
+        if self.forget(agent_id):
+            self.count_dropped()
+
+    def forget(self, agent_id: AgentId) -> bool:
+        """Free whatever is kept for an agent that needs it no more; False if there was nothing."""
+        blob = self._blobs.pop(agent_id, None)
+        if blob is not None:
+            self._store.free(blob)
+        return blob is not None
