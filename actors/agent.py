@@ -14,7 +14,7 @@ from actors.conductor_actor import STREAM_BACKPRESSURE
 from actors.connection import connect, own
 from actors.deaths import Owner
 from conductor.errors import UnknownAgent
-from conductor.types import Admission, Chunk, DecodeResult
+from conductor.types import Admission, Chunk, DecodeResult, ServiceClass
 
 
 class AgentProcess:
@@ -30,12 +30,13 @@ class AgentProcess:
         model: str,
         *,
         window: int | None = None,
+        service_class: str = ServiceClass.SHARED.value,
         priority: int = 0,
         wait_s: float = 0,
         system: str | None = None,
     ) -> None:
         self._conductor, self._id, self._model = conductor, agent_id, model
-        self._terms = {"window": window, "priority": priority, "wait_s": wait_s}
+        self._terms = {"window": window, "service_class": service_class, "priority": priority, "wait_s": wait_s}
         self._opening = [{"role": "system", "content": system}] if system else []
         self._messages: list[dict[str, str]] = list(self._opening)
         self._admission: Admission | None = None
@@ -67,7 +68,9 @@ class AgentProcess:
         return result
 
     async def _register_again(self) -> None:
-        """The conductor was restarted, and knows nobody. All messages are sent with each turn, so the conversation goes on."""
+        """The conductor was restarted, or let this agent go after a long rest: it knows it no more. All messages are sent with
+        each turn, so the conversation goes on.
+        """
         self._admission = None
         await self.admission()
 
@@ -130,7 +133,7 @@ AgentActor: Any = ray.remote(**_OPTIONS)(AgentProcess)
 def spawn_agent(agent_id: str, model: str, *, conductor: Any = None, **terms: Any) -> Any:
     """Start an agent in a process of its own and register it; returns the actor's handle.
 
-    `terms`: window, priority, wait_s, system. Raises what the conductor's register raises, with nothing left behind.
+    `terms`: window, service_class, priority, wait_s, system. Raises what the conductor's register raises, and leaves nothing.
     """
     conductor = connect() if conductor is None else conductor
     agent = AgentActor.remote(conductor, agent_id, model, **terms)

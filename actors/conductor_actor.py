@@ -17,6 +17,7 @@ import ray
 
 from actors.deaths import DeathWatch, Owner
 from actors.leases import Lease, LeaseMirror
+from actors.metrics import Metrics, RayMetrics
 from conductor.config import Config
 from conductor.errors import InvalidRequest
 from conductor.gpu_conductor import GpuConductor as PlainConductor
@@ -25,10 +26,12 @@ from conductor.types import (
     AgentStatus,
     Chunk,
     DecodeResult,
+    LedgerEntry,
     MirrorState,
     MirrorStatus,
     OwnerId,
     ReservationId,
+    ServiceClass,
     Status,
 )
 from conductor.units import MIB
@@ -45,8 +48,10 @@ class GpuConductorActor:
         self._conductor = PlainConductor(config, on_change=self._mirror_ledger)
         self._mirror = LeaseMirror(config.ray.resource, prefix=f"{secrets.token_hex(3)}-") if config.ray.mirror else None
         self._deaths = DeathWatch(self._owner_died)
+        self._metrics = Metrics(RayMetrics(config.ray.name))
         self._starting: asyncio.Task[None] | None = None
         self._watching: asyncio.Task[None] | None = None
+        self._telling: asyncio.Task[None] | None = None
 
     async def ready(self) -> str:
         """Take the device; returns what was taken and why. Raises ConfigError."""
@@ -62,12 +67,14 @@ class GpuConductorActor:
     async def _start(self) -> None:
         await self._conductor.start()
         if self._mirror is not None:
-            await self._mirror.start(self._conductor.cap_bytes // MIB)
+            await self._mirror.start(self._conductor.best_cap_bytes // MIB)
         self._mirror_ledger()
         self._watching = asyncio.create_task(self._deaths.run())
+        self._telling = asyncio.create_task(self._metrics.run(self._conductor.status))
 
     def _mirror_ledger(self) -> None:
         if self._mirror is not None:
+            self._mirror.raise_total(self._conductor.best_cap_bytes // MIB)
             bookings = self._conductor.bookings().items()
             self._mirror.want({id: Lease(label, size) for id, (label, size) in bookings})
 
@@ -88,19 +95,25 @@ class GpuConductorActor:
         model: str,
         *,
         window: int | None = None,
+        service_class: str = ServiceClass.SHARED.value,
         priority: int = 0,
         wait_s: float = 0,
         owner: Owner | None = None,
     ) -> Admission:
-        """Admit an agent with `window` tokens of `model` (a configured key, or a path in an allowed directory).
+        """Admit an agent with up to `window` tokens of `model` (a configured key, or a path in an allowed directory).
 
-        With `wait_s` it waits that long for room. `owner` (`Owner.current()`): the process it dies with; without one it
+        `service_class`: guaranteed (weights and the whole window stay on the device), shared (weights stay, the window is
+        there while decoding and grows as needed) or best_effort (a turn). With `wait_s` it waits that long for room.
+        `owner` (`Owner.current()`): the process it dies with; without one it
         stays until unregistered. Raises InvalidRequest, ModelError, AdmissionRefused: nothing is booked then.
         """
         await self._ready()
-        admission = await self._conductor.register(
-            agent_id, model, window=window, priority=priority, wait_s=wait_s, owner=self._watch(owner)
-        )
+        with self._metrics.errors_of("register"):
+            admission = await self._conductor.register(
+                agent_id, model, window=window, service_class=service_class, priority=priority, wait_s=wait_s,
+                owner=self._watch(owner),
+            )  # fmt: skip
+        self._metrics.admitted(admission)
         self._watch(owner)  # again: a death told before the booking found nothing to give back, and is told once more
         return admission
 
@@ -112,11 +125,15 @@ class GpuConductorActor:
     async def decode(self, agent_id: str, prompt: str | None = None, **options: Any) -> DecodeResult:
         """One turn of an agent's conversation: `prompt` continues it as raw text, `messages=[{role, content}, …]` as a chat.
 
-        Options: max_tokens, temperature (0 is greedy), top_k, top_p, min_p, seed, stop, reset, context_shift.
-        Raises InvalidRequest, UnknownAgent, WindowFull, ModelError, DecodeFailed.
+        Options: max_tokens, temperature (0 is greedy), top_k, top_p, min_p, seed, stop, reset, context_shift, and wait_s:
+        how long it may wait for its place, and for room if its window must grow.
+        Raises InvalidRequest, UnknownAgent, WindowFull, WindowRefused, TurnTimedOut, ModelError, DecodeFailed.
         """
         await self._ready()
-        return await self._conductor.decode(agent_id, prompt, **_checked(options))
+        with self._metrics.errors_of("turn"):
+            result = await self._conductor.decode(agent_id, prompt, **_checked(options))
+        self._metrics.ended(result)
+        return result
 
     @ray.method(_generator_backpressure_num_objects=STREAM_BACKPRESSURE)
     async def stream(self, agent_id: str, prompt: str | None = None, **options: Any) -> AsyncIterator[Chunk | DecodeResult]:
@@ -125,17 +142,21 @@ class GpuConductorActor:
         Cancel it (`ray.cancel`) to end the turn early; `actors.stream` does so when its reader stops.
         """
         await self._ready()
-        turn = self._conductor.stream(agent_id, prompt, **_checked(options))
-        try:
-            async for item in turn:
-                yield item
-        finally:
-            await turn.aclose()  # type: ignore[attr-defined]
+        with self._metrics.errors_of("turn"):
+            turn = self._conductor.stream(agent_id, prompt, **_checked(options))
+            try:
+                async for item in turn:
+                    if isinstance(item, DecodeResult):
+                        self._metrics.ended(item)
+                    yield item
+            finally:
+                await turn.aclose()  # type: ignore[attr-defined]
 
     async def reserve(self, holder: str, bytes: int, *, owner: Owner | None = None) -> ReservationId:
         """Book device memory for any other task of this node; returns the id to release. Raises AdmissionRefused."""
         await self._ready()
-        return await self._conductor.reserve(holder, bytes, owner=self._watch(owner))
+        with self._metrics.errors_of("reserve"):
+            return await self._conductor.reserve(holder, bytes, owner=self._watch(owner))
 
     async def release(self, reservation_id: str) -> int:
         """Give a reservation back; returns its bytes. Raises UnknownReservation."""
@@ -151,6 +172,11 @@ class GpuConductorActor:
         """The agents, in the order of their admission."""
         await self._ready()
         return await self._conductor.list()
+
+    async def ledger_log(self) -> tuple[LedgerEntry, ...]:
+        """What was booked after each change of the ledger, oldest first; the last 16,384 changes."""
+        await self._ready()
+        return await self._conductor.ledger_log()
 
     async def mirrored(self, timeout_s: float = 2.0) -> MirrorStatus:
         """Wait until Ray's accounting equals the ledger, at most `timeout_s`; returns how they compare."""
@@ -170,9 +196,10 @@ class GpuConductorActor:
 
     async def close(self) -> None:
         """Let everything go, Ray's placement groups included; the actor may be killed then."""
+        for task in (self._watching, self._telling):
+            if task is not None:
+                task.cancel()
         await self._conductor.close()
-        if self._watching is not None:
-            self._watching.cancel()
         if self._mirror is not None:
             await self._mirror.stop()
 

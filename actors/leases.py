@@ -92,6 +92,12 @@ class LeaseMirror:
         await self._pass(0.0)
         self._task = asyncio.create_task(self._run())
 
+    def raise_total(self, total_mib: int) -> None:
+        """Advertise so much from the next pass on, if it is more than before: strangers gave memory back."""
+        if total_mib > self._total_mib:
+            self._total_mib = total_mib
+            self._wake.set()
+
     async def stop(self) -> None:
         """Remove every group; withdraw the resource if this mirror advertised it. Idempotent."""
         if self._task is None:

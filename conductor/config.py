@@ -23,7 +23,9 @@ ENVIRONMENT = "CONDUCTOR_CONFIG"
 MAX_WINDOW = 2**31 - 1
 
 Bytes = Annotated[int, BeforeValidator(parse_bytes)]
+Size = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
 Window = Annotated[int, Field(gt=0, le=MAX_WINDOW)]
+Seconds = Annotated[float, Field(ge=0, le=86_400)]
 KvType = Literal["f32", "f16", "q8_0", "q4_0"]
 
 
@@ -34,14 +36,16 @@ class _Section(BaseModel):
 class DeviceConfig(_Section):
     kind: Literal["auto", "cuda", "host"] = "auto"
     index: Annotated[int, Field(ge=0)] = 0
-    limit: Bytes | None = None
-    host_bytes: Bytes = 64 << 20
+    limit: Size | None = None
+    host_bytes: Size = 64 << 20
+    reread_s: Annotated[float, Field(gt=0, le=3600)] = 1.0
 
 
 class ContextConfig(_Section):
     """Defaults for contexts; a model may override each."""
 
     window: Window | None = None
+    first_window: Window | None = 4096
     n_batch: PositiveInt = 512
     n_ubatch: PositiveInt = 512
     kv_type: KvType = "f16"
@@ -54,11 +58,19 @@ class ModelConfig(_Section):
     repo: str | None = None
     file: str | None = None
     window: Window | None = None
+    first_window: Window | None = None
     n_batch: PositiveInt | None = None
     n_ubatch: PositiveInt | None = None
     kv_type: KvType | None = None
     flash_attention: bool | None = None
     context_shift: bool | None = None
+
+
+class DiskConfig(_Section):
+    """Where saved KV goes that host memory has no room for."""
+
+    directory: str | None = None
+    budget: Bytes = 4 << 30
 
 
 class RayConfig(_Section):
@@ -72,9 +84,16 @@ class Config(_Section):
     device: DeviceConfig = DeviceConfig()
     admission_percent: Annotated[int, Field(ge=1, le=100)] = 90
     live_contexts: PositiveInt = 1
-    host_kv_budget: Bytes = 512 << 20
+    host_budget: Bytes = 512 << 20
+    disk: DiskConfig = DiskConfig()
     threads: PositiveInt | None = None
     waitlist_limit: Annotated[int, Field(ge=0)] = 256
+    turn_queue_limit: PositiveInt = 1024
+    ageing_s: Annotated[float, Field(gt=0)] = 60.0
+    turn_wait_s: Seconds | None = None
+    growth_wait_s: Seconds | None = 10.0
+    idle_shrink_s: Seconds | None = 30.0
+    idle_ttl_s: Seconds | None = None
     stream_interval_ms: Annotated[int, Field(ge=0)] = 20
     context: ContextConfig = ContextConfig()
     models: dict[str, ModelConfig] = {}
@@ -117,6 +136,11 @@ class Config(_Section):
     def context_shift(self, key: str) -> bool:
         own = self.models[key].context_shift if key in self.models else None
         return self.context.context_shift if own is None else own
+
+    def first_window(self, key: str, window: int) -> int:
+        """What a context of `window` tokens begins with."""
+        own = self.models[key].first_window if key in self.models else None
+        return min(window, own or self.context.first_window or window)
 
     def window(self, key: str, trained: int) -> int:
         """The window of an agent that asks for none."""
@@ -184,7 +208,7 @@ def _explain(problem: Any) -> str:
 
 def _known_keys(location: tuple[str | int, ...]) -> set[str]:
     sections: dict[str, type[BaseModel]] = {
-        "device": DeviceConfig, "context": ContextConfig, "ray": RayConfig, "models": ModelConfig
+        "device": DeviceConfig, "context": ContextConfig, "disk": DiskConfig, "ray": RayConfig, "models": ModelConfig
     }  # fmt: skip
     section = Config if len(location) == 1 else sections.get(str(location[0]))
     return set(section.model_fields) if section else set()

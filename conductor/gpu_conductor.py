@@ -7,46 +7,47 @@ cover how actions are carried out (`executive`) or decided (`core.state`).
 from __future__ import annotations
 
 import asyncio
-import functools
 import secrets
 import sys
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
-from conductor import __version__, requests
+from conductor import requests
 from conductor.backend.catalog import Catalog
-from conductor.backend.device import cap_bytes
+from conductor.backend.device import cap_bytes, margins
 from conductor.backend.engine import Engine
 from conductor.config import Config
 from conductor.core import actions, events
-from conductor.core.estimate import KV_BLOCKS, ModelPlan
-from conductor.core.events import AgentSpec
+from conductor.core.estimate import KV_BLOCKS, Footprint, ModelPlan, first_rung, windows_ladder
+from conductor.core.events import AgentSpec, Rung
 from conductor.core.ledger import OverCap
-from conductor.core.sessions import Phase, Stage
-from conductor.core.state import State
-from conductor.errors import ConfigError, ModelLoadFailed
+from conductor.core.state import Rules, State
+from conductor.errors import ConfigError, ModelLoadFailed, ServiceFailed, UnknownAgent
 from conductor.executive import Executive
+from conductor.status import Picture
 from conductor.types import (
     Admission,
     AgentStatus,
     Chunk,
     ContextSpec,
     DecodeResult,
-    DeviceStatus,
     Kind,
-    LedgerStatus,
-    MirrorState,
+    LedgerEntry,
     MirrorStatus,
-    ModelStatus,
     OwnerId,
     Reservation,
     ReservationId,
+    ServiceClass,
     Status,
 )
 from conductor.units import MIB, format_bytes
+
+#: a driver's figures move by some MiB for reasons of their own, and Ray keeps a record of every change it is told
+_STRANGERS_STEP_BYTES = 64 * MIB
 
 
 class GpuConductor:
@@ -57,9 +58,14 @@ class GpuConductor:
         self._on_change = on_change
         self._started_at = time.monotonic()
         self._starting: asyncio.Task[None] | None = None
+        self._closed = False
+        #: owners whose death was told lately: a registration of theirs may still be on its way
+        self._dead_owners: deque[OwnerId] = deque(maxlen=1024)
 
     async def start(self) -> None:
-        """Take the device. Idempotent; every public call awaits it. Raises ConfigError."""
+        """Take the device. Idempotent; every public call awaits it. Raises ConfigError, and ServiceFailed after `close`."""
+        if self._closed:
+            raise _closed()
         if self._starting is None:
             self._starting = asyncio.create_task(self._start())
         await asyncio.shield(self._starting)
@@ -72,31 +78,45 @@ class GpuConductor:
         self._estimate_thread = ThreadPoolExecutor(1, thread_name_prefix="estimate")
         self._engine = await self._loop.run_in_executor(self._io_threads, Engine, self.config)
         self._catalog = Catalog(self.config)
+        config, device = self.config, self._engine.device
         self._state = State(
-            cap_bytes=cap_bytes(self._engine.device, self.config.admission_percent),
-            live_contexts=self.config.live_contexts,
-            waitlist_limit=self.config.waitlist_limit,
+            _rules(config),
+            cap_bytes=cap_bytes(device.read(), config.admission_percent),
             id_prefix=f"{secrets.token_hex(2)}-",
         )
         self._book_overhead()
-        self._executive = Executive(
-            self.config, self._state, self._engine, io_threads=self._io_threads, on_change=self._on_change
-        )
+        self._executive = Executive(config, self._state, self._engine, io_threads=self._io_threads, on_change=self._on_change)
+        self._picture = Picture(self._state, self._engine, self._executive)
+        self._watch = asyncio.create_task(self._watch_device())
 
     def _book_overhead(self) -> None:
-        overhead = self._engine.overhead_bytes
-        try:
-            self._state.books.book_overhead("process", overhead)
-        except OverCap as excess:
-            problem = f"the process itself takes {format_bytes(overhead)} there, and {format_bytes(excess.free_bytes)} are free"
-            raise ConfigError(self.config.source, "device", problem) from None
+        lines = (("process", self._engine.overhead_bytes), *margins(self._engine.device.kind))
+        for holder, overhead in lines:
+            try:
+                self._state.books.book_overhead(holder, overhead)
+            except OverCap as excess:
+                problem = f"{holder} takes {format_bytes(overhead)} there, and {format_bytes(excess.free_bytes)} are free"
+                raise ConfigError(self.config.source, "device", problem) from None
+
+    async def _watch_device(self) -> None:
+        """Read the device again and again: strangers come and go, and what idles is given back in its time."""
+        while True:
+            await asyncio.sleep(self.config.device.reread_s)
+            try:
+                await self._executive.read_device()
+            except Exception:  # told in the log by whoever raised it; the next reading may succeed
+                continue
 
     async def close(self) -> None:
-        """Stop turns, unload everything, end the threads."""
+        """Stop turns, refuse who waits, unload everything, end the threads. Every later call raises ServiceFailed."""
+        if self._closed:
+            return
         await self.start()
+        self._closed = True
+        self._watch.cancel()
         self._executive.stop_turns()
-        agents = [agent.id for agent in self._state.agents.values() if agent.stage is Stage.ADMITTED]
-        await asyncio.gather(*(self.unregister(agent_id) for agent_id in agents), return_exceptions=True)
+        self._executive.dispatch(events.Closing(_closed()))
+        await self._executive.idle()
         self._executive.close()
         self._engine.close()
         self._io_threads.shutdown(wait=False)
@@ -110,6 +130,7 @@ class GpuConductor:
         model: str,
         *,
         window: int | None = None,
+        service_class: str = ServiceClass.SHARED.value,
         priority: int = 0,
         wait_s: float = 0,
         owner: OwnerId | None = None,
@@ -119,38 +140,61 @@ class GpuConductor:
         arrived_at = time.monotonic()
         id, patience = requests.agent_id(agent_id), requests.wait_s(wait_s)
         asked = None if window is None else requests.window(window)
-        rank = requests.priority(priority)
+        rank, promised = requests.priority(priority), requests.service_class(service_class)
         plan = await self._plan(requests.text("model", model))
         context = self.config.context_spec(plan.key, asked or self.config.window(plan.key, plan.geometry.trained_window))
         _check_kv_type(plan, context)
-        estimate = functools.partial(self._engine.estimator.estimate, plan, context, at_most=self.cap_bytes)
-        footprint = await self._loop.run_in_executor(self._estimate_thread, estimate)
-        plan = replace(plan, weights_bytes=footprint.weights_bytes)
-        spec = AgentSpec(id, plan, context, footprint.context_bytes, rank, owner)
+        took = await self._loop.run_in_executor(self._estimate_thread, self._estimate, plan, context)
+        ladder = tuple(Rung(window, footprint.context_bytes) for window, footprint in took.items())
+        plan = replace(plan, weights_bytes=took[context.window].weights_bytes)
+        spec = AgentSpec(id, plan, context, ladder, promised, rank, owner)
+        await self._executive.read_device()
+        if owner in self._dead_owners:  # its death was told when there was nothing of it to give back yet
+            raise UnknownAgent(id)
+        admitted = await self._admit(spec, patience)
+        return Admission(
+            agent_id=id,
+            model=plan.key,
+            window=context.window,
+            service_class=promised,
+            priority=rank,
+            weights_bytes=admitted.weights_bytes,
+            first_window=context.window if promised is ServiceClass.GUARANTEED else ladder[0].window,
+            context_bytes=admitted.context_bytes,
+            charged_bytes=admitted.charged_bytes,
+            model_loaded=admitted.model_loaded,
+            waited_s=time.monotonic() - arrived_at,
+            warnings=self._warnings(spec, took[context.window].kv_bytes),
+        )
+
+    async def _admit(self, spec: AgentSpec, patience: float) -> actions.Admit:
+        """Ask for admission, for as long as the caller is willing to wait for room."""
         request = self._executive.request()
         event = events.RegisterRequested(request, spec, may_wait=patience > 0)
         time_is_up = events.RegisterAbandoned(request, timed_out=True)
         deadline = self._loop.call_later(patience, self._executive.dispatch, time_is_up) if patience else None
         try:
-            admitted: actions.Admit = await self._executive.ask(request, event)
+            admitted: actions.Admit = await self._executive.ask(request, event, until=deadline)
+            return admitted
         except asyncio.CancelledError:
             self._executive.dispatch(events.RegisterAbandoned(request))  # a grant that nobody receives is given back
             raise
         finally:
             if deadline is not None:
                 deadline.cancel()
-        return Admission(
-            agent_id=id,
-            model=plan.key,
-            window=context.window,
-            priority=rank,
-            weights_bytes=admitted.weights_bytes,
-            context_bytes=admitted.context_bytes,
-            charged_bytes=admitted.charged_bytes,
-            model_loaded=admitted.model_loaded,
-            waited_s=time.monotonic() - arrived_at,
-            warnings=_warnings(plan, context.window, footprint.kv_bytes, self.config.host_kv_budget),
-        )
+
+    def _estimate(self, plan: ModelPlan, context: ContextSpec) -> dict[int, Footprint]:
+        """What the model takes with a context of each size that it grows through."""
+        first = first_rung(plan.geometry, self.config.first_window(plan.key, context.window), context.window)
+        windows = windows_ladder(first, context.window)
+        took = self._engine.estimator.ladder(plan, context, windows, at_most=self.cap_bytes)
+        return {
+            window: self._engine.priced(plan.geometry, replace(context, window=window), footprint)
+            for window, footprint in zip(windows, took, strict=True)
+        }
+
+    def _warnings(self, spec: AgentSpec, kv_bytes: int) -> tuple[str, ...]:
+        return (*_warnings(spec, kv_bytes, self.config.host_budget), *self._picture.window_warnings(spec))
 
     async def _plan(self, model: str) -> ModelPlan:
         return await self._loop.run_in_executor(self._io_threads, self._catalog.plan, model, self._engine.device.kind)
@@ -176,28 +220,35 @@ class GpuConductor:
         stop: Any = (),
         reset: bool = False,
         context_shift: bool | None = None,
+        wait_s: float | None = None,
     ) -> DecodeResult:
-        """One turn. Raises InvalidRequest, UnknownAgent, WindowFull, ModelError, DecodeFailed, TurnCancelled."""
+        """One turn. Raises InvalidRequest, UnknownAgent, WindowFull, WindowRefused, TurnTimedOut, TurnQueueFull, ModelError,
+        DecodeFailed, TurnCancelled.
+
+        `wait_s`: how long it may wait for its place, and for room if its window must grow; None: as configured.
+        """
+        patience = None if wait_s is None else requests.wait_s(wait_s)
         request = requests.decode_request(
             prompt, messages=messages, max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
             min_p=min_p, seed=seed, stop=stop, reset=reset, context_shift=context_shift,
         )  # fmt: skip
         await self.start()
-        return await self._executive.turn(requests.agent_id(agent_id), request, emit=None)
+        return await self._executive.turn(requests.agent_id(agent_id), request, emit=None, wait_s=patience)
 
     async def stream(self, agent_id: str, prompt: str | None = None, **options: Any) -> AsyncIterator[Chunk | DecodeResult]:
         """`decode` with its text as it is made: chunks, and the result last. Leaving the iteration ends the turn."""
-        defaults: dict[str, Any] = {
-            name: value for name, value in (GpuConductor.decode.__kwdefaults__ or {}).items() if name not in options
-        }
-        request = requests.decode_request(prompt, **defaults, **options)
+        options = {**(GpuConductor.decode.__kwdefaults__ or {}), **options}
+        wait_s = options.pop("wait_s")
+        patience = None if wait_s is None else requests.wait_s(wait_s)
+        request = requests.decode_request(prompt, **options)
         await self.start()
         queue: asyncio.Queue[Chunk | None] = asyncio.Queue()
 
         def emit(chunk: Chunk) -> None:
             self._loop.call_soon_threadsafe(queue.put_nowait, chunk)
 
-        turn = asyncio.create_task(self._executive.turn(requests.agent_id(agent_id), request, emit=emit))
+        id = requests.agent_id(agent_id)
+        turn = asyncio.create_task(self._executive.turn(id, request, emit=emit, wait_s=patience))
         turn.add_done_callback(lambda _: queue.put_nowait(None))
         try:
             while (chunk := await queue.get()) is not None:
@@ -211,8 +262,12 @@ class GpuConductor:
         await self.start()
         request = self._executive.request()
         event = events.ReserveRequested(request, requests.holder(holder), requests.bytes_(bytes), owner)
-        id: ReservationId = await self._executive.ask(request, event)
-        return id
+        try:
+            id: ReservationId = await self._executive.ask(request, event)
+            return id
+        except asyncio.CancelledError:
+            self._executive.dispatch(events.ReserveAbandoned(request))  # bytes that nobody knows the id of are given back
+            raise
 
     async def release(self, reservation_id: str) -> int:
         """Give a reservation back; returns its bytes. Raises UnknownReservation."""
@@ -224,76 +279,70 @@ class GpuConductor:
 
     def owner_died(self, owner: OwnerId) -> None:
         """Take back everything that the dead process held."""
+        self._dead_owners.append(owner)
         self._executive.dispatch(events.OwnerDied(owner))
 
     # --- what it looks like -----------------------------------------------------------------------------------------
 
     def bookings(self) -> dict[ReservationId, tuple[str, int]]:
-        """Label and bytes of everything booked, parts counted with the whole they were taken from."""
+        """Label and bytes of everything booked, parts counted with the whole they were taken from.
+
+        What strangers took since the start is among it, in steps of 64 MiB: it is as little to be had as what is booked.
+        """
         ledger = self._state.ledger
-        return {id: (_label(ledger.get(id)), size) for id, size in ledger.leases().items() if size}
+        booked = {id: (_label(ledger.get(id)), size) for id, size in ledger.leases().items() if size}
+        taken = min(self.best_cap_bytes - ledger.cap_bytes, self.best_cap_bytes - ledger.allocated_bytes)
+        if taken >= _STRANGERS_STEP_BYTES:
+            booked[ReservationId("strangers")] = ("strangers", taken // _STRANGERS_STEP_BYTES * _STRANGERS_STEP_BYTES)
+        return booked
 
     @property
     def cap_bytes(self) -> int:
         return self._state.ledger.cap_bytes
 
+    @property
+    def best_cap_bytes(self) -> int:
+        """The most that could be booked at any time so far: with the fewest strangers."""
+        return self._state.books.best_cap_bytes
+
     async def status(self, mirror: MirrorStatus | None = None) -> Status:
         await self.start()
-        state, ledger, device = self._state, self._state.ledger, self._engine.device
-        reading = device.read()
-        unmirrored = MirrorStatus(MirrorState.UNMIRRORED, "", 0, 0, ledger.allocated_bytes / MIB, "no Ray here")
-        return Status(
-            version=__version__,
-            device=DeviceStatus(
-                device.name, device.kind, reading.total_bytes, reading.free_bytes, device.others_bytes, device.chosen
-            ),
-            ledger=LedgerStatus(ledger.cap_bytes, ledger.allocated_bytes, ledger.snapshot()),
-            live_contexts=state.rotation.live_contexts,
-            models=tuple(
-                ModelStatus(
-                    model.plan.key,
-                    model.plan.path,
-                    model.state,
-                    sum(agent.model_id == id for agent in state.agents.values()),
-                    ledger.size(model.reservation),
-                )
-                for id, model in state.models.items()
-            ),
-            agents=await self.list(),
-            waiting=len(state.waitlist),
-            host_memory=self._engine.host_memory(),
-            mirror=mirror or unmirrored,
-            llama_cpp=self._engine.version,
-            estimates=self._engine.estimator.how,
-            threads=self._engine.threads,
-            uptime_s=time.monotonic() - self._started_at,
-        )
+        return self._picture.status(mirror, uptime_s=time.monotonic() - self._started_at)
+
+    async def ledger_log(self) -> tuple[LedgerEntry, ...]:
+        """What was booked after each change, oldest first; the last 16,384 changes."""
+        await self.start()
+        return tuple(self._executive.ledger_log)
 
     async def list(self) -> tuple[AgentStatus, ...]:
         """The agents, in the order of their admission."""
         await self.start()
-        return tuple(
-            AgentStatus(
-                id=agent.id,
-                model=agent.spec.model.key,
-                window=agent.spec.context.window,
-                tokens=agent.tokens,
-                kv=agent.place,
-                priority=agent.spec.priority,
-                context_bytes=agent.context_bytes,
-                host_bytes=agent.host_bytes,
-                busy=agent.phase is Phase.BUSY,
-                turns=agent.turns,
-            )
-            for agent in self._state.agents.values()
-        )
+        return self._picture.agents()
 
     def check(self) -> None:
         """Raise InternalError unless every invariant of the policy holds."""
         self._state.check()
 
+
 def _label(booked: Reservation) -> str:
     return "turns" if booked.kind is Kind.HEADROOM else f"{booked.kind.value}:{booked.holder}"
+
+
+def _closed() -> ServiceFailed:
+    return ServiceFailed("the conductor was closed")
+
+
+def _rules(config: Config) -> Rules:
+    return Rules(
+        live_contexts=config.live_contexts,
+        waitlist_limit=config.waitlist_limit,
+        turn_queue_limit=config.turn_queue_limit,
+        host_bytes=config.host_budget,
+        disk_bytes=config.disk.budget if config.disk.directory else 0,
+        ageing_s=config.ageing_s,
+        idle_shrink_s=config.idle_shrink_s,
+        idle_ttl_s=config.idle_ttl_s,
+    )
 
 
 def _check_kv_type(plan: ModelPlan, context: ContextSpec) -> None:
@@ -305,14 +354,14 @@ def _check_kv_type(plan: ModelPlan, context: ContextSpec) -> None:
             raise ModelLoadFailed(plan.path, problem)
 
 
-def _warnings(plan: ModelPlan, window: int, kv_bytes: int, host_kv_budget: int) -> tuple[str, ...]:
+def _warnings(spec: AgentSpec, kv_bytes: int, host_budget: int) -> tuple[str, ...]:
     warnings = []
-    trained = plan.geometry.trained_window
+    window, trained, key = spec.context.window, spec.model.geometry.trained_window, spec.model.key
     if window > trained:
-        warnings.append(f"{window} tokens are more than the {trained} that {plan.key} was trained with; expect worse answers")
-    if kv_bytes > host_kv_budget:
+        warnings.append(f"{window} tokens are more than the {trained} that {key} was trained with; expect worse answers")
+    if kv_bytes > host_budget and spec.service_class is not ServiceClass.GUARANTEED:
         warnings.append(
-            f"a full window has {format_bytes(kv_bytes)} of KV, host_kv_budget is {format_bytes(host_kv_budget)}: what does not "
+            f"a full window has {format_bytes(kv_bytes)} of KV, host_budget is {format_bytes(host_budget)}: what does not "
             "fit there is recomputed when the agent comes back, slower and with other rounding"
         )
     return tuple(warnings)

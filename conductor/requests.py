@@ -8,7 +8,7 @@ from typing import Any
 
 from conductor.config import MAX_WINDOW
 from conductor.errors import InvalidRequest
-from conductor.types import MAX_SEED, AgentId, DecodeRequest, Message
+from conductor.types import MAX_SEED, AgentId, DecodeRequest, Message, ServiceClass
 
 MAX_NAME_CHARACTERS = 128
 MAX_BYTES = 2**63 - 1
@@ -31,6 +31,14 @@ def window(value: object) -> int:
 
 def priority(value: object) -> int:
     return _integer("priority", value, at_least=-MAX_PRIORITY, at_most=MAX_PRIORITY)
+
+
+def service_class(value: object) -> ServiceClass:
+    try:
+        return ServiceClass(value)
+    except ValueError:
+        known = ", ".join(known.value for known in ServiceClass)
+        raise InvalidRequest("service_class", f"{_shown(value)} is none; there are: {known}") from None
 
 
 def wait_s(value: object) -> float:

@@ -18,8 +18,8 @@ from actors import service
 from conductor import __version__
 from conductor.config import ENVIRONMENT as CONFIG_ENVIRONMENT
 from conductor.config import Config, load_config
-from conductor.errors import ConductorError, InternalError, InvalidRequest, NotRunning
-from conductor.types import Chunk, DecodeResult
+from conductor.errors import ConductorError, InternalError, InvalidRequest, NotRunning, UnknownAgent
+from conductor.types import Admission, Chunk, DecodeResult, ServiceClass
 from pipelines import demo as demo_pipeline
 from pipelines import estimates, tables
 from pipelines.console import Exit, err, errors, out, print_json, print_text, show
@@ -40,6 +40,13 @@ ConfigOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 WindowOption = Annotated[int | None, typer.Option(help="Tokens the conversation may hold (default: the model's).")]
 PriorityOption = Annotated[int, typer.Option(help="Larger goes first, in the waitlist and for turns.")]
+ClassOption = Annotated[
+    ServiceClass,
+    typer.Option("--class", help="What is promised: the whole window on the device, a turn with weights that stay, or a turn."),
+]
+TurnWaitOption = Annotated[
+    float | None, typer.Option("--wait", help="Seconds it may wait for its place, and for room to grow (default: as configured).")
+]
 WaitOption = Annotated[float, typer.Option("--wait", help="Seconds to wait for room before being refused.")]
 MaxTokensOption = Annotated[int, typer.Option(help="The most tokens to make.")]
 TemperatureOption = Annotated[float, typer.Option(help="0 is greedy.")]
@@ -159,6 +166,7 @@ def register(
     agent_id: Annotated[str, typer.Argument(help="A name of your choice.")],
     model: Annotated[str, typer.Argument(help="A model's key, or a path inside model_dirs.")],
     window: WindowOption = None,
+    service_class: ClassOption = ServiceClass.SHARED,
     priority: PriorityOption = 0,
     wait: WaitOption = 0,
     config: ConfigOption = None,
@@ -166,10 +174,11 @@ def register(
 ) -> None:
     """Admit an agent; it stays until unregistered. Exit code 3 if it does not fit.
 
-    Example: conductor register ada coder --window 2048
+    Example: conductor register ada coder --window 2048 --class guaranteed
     """
     with _session(config, as_json=as_json) as conductor:
-        call = conductor.register.remote(agent_id, _path(model), window=window, priority=priority, wait_s=wait)
+        terms = {"window": window, "service_class": service_class.value, "priority": priority, "wait_s": wait}
+        call = conductor.register.remote(agent_id, _path(model), **terms)
         admission = _get(call)
         show(admission, tables.admissions([admission]), as_json=as_json)
         for warning in admission.warnings:
@@ -203,6 +212,10 @@ def decode(
     seed: SeedOption = None,
     stop: StopOption = None,
     reset: Annotated[bool, typer.Option("--reset", help="Forget the conversation first.")] = False,
+    context_shift: Annotated[
+        bool | None, typer.Option("--context-shift/--no-context-shift", help="At the window's end forget the oldest half.")
+    ] = None,
+    wait: TurnWaitOption = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -215,7 +228,7 @@ def decode(
         what: dict[str, Any] = {"messages": [{"role": "user", "content": text}]} if chat else {"prompt": text}
         options: dict[str, Any] = {
             "max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
-            "seed": seed, "stop": stop or (), "reset": reset,
+            "seed": seed, "stop": stop or (), "reset": reset, "context_shift": context_shift, "wait_s": wait,
         }  # fmt: skip
         if as_json:
             print_json(_get(conductor.decode.remote(agent_id, **what, **options)).to_json())
@@ -258,7 +271,13 @@ def chat(
     with _session(config) as conductor:
         agent_id = name or f"chat-{os.getpid()}"
         owner = actors.Owner.current()  # if this process is killed, the agent goes with it
-        admission = _get(conductor.register.remote(agent_id, _path(model), window=window, wait_s=wait, owner=owner))
+
+        def enter() -> Admission:
+            terms: dict[str, Any] = {"window": window, "wait_s": wait, "owner": owner}
+            admission: Admission = _get(conductor.register.remote(agent_id, _path(model), **terms))
+            return admission
+
+        admission = enter()
         welcome = f"{agent_id} on {admission.model}, {admission.window:,} tokens; Ctrl-D ends, /reset begins anew"
         out.print(welcome, style="dim", markup=False)
         opening = [{"role": "system", "content": system}] if system else []
@@ -269,16 +288,21 @@ def chat(
                     messages = list(opening)
                     continue
                 turn = [*messages, {"role": "user", "content": said}]
-                answer = actors.stream(conductor, agent_id, messages=turn, max_tokens=max_tokens, temperature=temperature)
+                options: dict[str, Any] = {"messages": turn, "max_tokens": max_tokens, "temperature": temperature}
                 try:
-                    result = _print_stream(answer)
+                    try:
+                        result = _print_stream(actors.stream(conductor, agent_id, **options))
+                    except UnknownAgent:  # it idled too long, or the conductor was restarted: the messages are all here
+                        enter()
+                        result = _print_stream(actors.stream(conductor, agent_id, **options))
                 except ConductorError as error:  # this turn failed; the messages are those before it
                     err.print(f"error: {error}; /reset begins anew", style="red", markup=False, soft_wrap=True)
                     continue
                 messages = [*turn, {"role": "assistant", "content": result.text}]
                 out.print(tables.cost(result), style="dim", markup=False)
         finally:
-            ray.get(conductor.unregister.remote(agent_id))
+            with contextlib.suppress(UnknownAgent):
+                ray.get(conductor.unregister.remote(agent_id))
 
 
 def _ask_person() -> str | None:
@@ -315,16 +339,17 @@ def list_(config: ConfigOption = None, as_json: JsonOption = False) -> None:
 @app.command()
 def estimate(
     model: Annotated[str, typer.Argument(help="A model's key, or a path inside model_dirs.")],
-    window: Annotated[list[int] | None, typer.Option(help="Tokens; may be given several times.")] = None,
+    window: Annotated[list[int] | None, typer.Option(help="Tokens of each agent; may be given several times.")] = None,
+    slots: Annotated[int, typer.Option(help="Agents that share one context, each with a window of its own: 1 to 256.")] = 1,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """What a model will take on this machine, for several windows, before it is loaded. Needs no conductor.
+    """What a model will take on this machine, for several windows, and how many agents fit. Loads nothing, needs no conductor.
 
-    Example: conductor estimate coder --window 2048 --window 8192
+    Example: conductor estimate coder --window 2048 --window 8192 --slots 4
     """
     with errors(as_json=as_json):
-        result = estimates.estimate(load_config(config), _path(model), window or ())
+        result = estimates.estimate(load_config(config), _path(model), window or (), slots=slots)
         show(result, estimates.table(result), as_json=as_json)
 
 

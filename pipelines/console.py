@@ -14,7 +14,7 @@ from rich.console import Console, RenderableType
 from rich.segment import Segment, Segments
 
 from actors.connection import own
-from conductor.errors import AdmissionRefused, ConductorError, InvalidRequest, ModelError, ServiceFailed
+from conductor.errors import AdmissionRefused, ConductorError, InvalidRequest, ModelError, ServiceFailed, WindowRefused
 from pipelines import tables
 
 out = Console(highlight=False, soft_wrap=False, emoji=False)
@@ -27,7 +27,7 @@ class Exit(IntEnum):
     OK = 0
     FAILED = 1
     USAGE = 2  #: bad input
-    REFUSED = 3  #: an admission or a reservation was refused
+    REFUSED = 3  #: an admission, a reservation or a larger window was refused
     MODEL = 4  #: a model cannot be used
 
 
@@ -82,13 +82,13 @@ def _told(raised: BaseException) -> BaseException:
 
 def _as_json(error: BaseException) -> dict[str, Any]:
     body: dict[str, Any] = {"error": type(error).__name__, "message": str(error)}
-    if isinstance(error, AdmissionRefused):
+    if isinstance(error, (AdmissionRefused, WindowRefused)):
         body["refusal"] = error.refusal.to_json()
     return body
 
 
 def _exit_code(error: BaseException) -> Exit:
-    if isinstance(error, AdmissionRefused):
+    if isinstance(error, (AdmissionRefused, WindowRefused)):
         return Exit.REFUSED
     if isinstance(error, ModelError):
         return Exit.MODEL

@@ -187,16 +187,14 @@ class _Demo:
         before = self._status().ledger
         window = self._window_too_large()
         try:
-            ray.get(self._conductor.register.remote("fourth", "coder", window=window))
+            ray.get(self._conductor.register.remote("fourth", "coder", window=window, service_class="guaranteed"))
         except AdmissionRefused as refused:
             refusal = refused.refusal
         else:
             self._transcript.claim(f"an agent with a window of {window:,} tokens is refused", False)
             return
-        out.print(f"fourth asks for {window:,} tokens:")
+        out.print(f"fourth asks for {window:,} tokens, guaranteed to stay on the device:")
         out.print(tables.refusal(refusal), crop=False)
-        if refusal.largest_window:
-            out.print(f"A window of {refusal.largest_window:,} tokens would fit now.")
         self._transcript.step("refusal", window=window, refusal=refusal.to_json(), line=refusal.line)
         after = self._status()
         claim = self._transcript.claim
@@ -211,7 +209,7 @@ class _Demo:
         while never - fits > 256:
             window = (fits + never) // 2
             try:
-                ray.get(self._conductor.register.remote("fourth", "coder", window=window))
+                ray.get(self._conductor.register.remote("fourth", "coder", window=window, service_class="guaranteed"))
             except AdmissionRefused as refused:
                 if refused.code is RefusalCode.CAP:
                     return window

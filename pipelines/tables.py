@@ -9,7 +9,18 @@ from rich.table import Table
 from rich.text import Text
 
 from conductor.errors import Refusal
-from conductor.types import Admission, AgentStatus, DecodeResult, Kind, LedgerStatus, MirrorStatus, Reservation, Status
+from conductor.types import (
+    Admission,
+    AgentStatus,
+    DecodeResult,
+    HostMemoryStatus,
+    Kind,
+    LedgerStatus,
+    MirrorStatus,
+    Reservation,
+    Status,
+    WaitingStatus,
+)
 from conductor.units import format_bytes
 
 _COLOURS = {
@@ -27,20 +38,31 @@ def status(status: Status) -> RenderableType:
     """Everything about a conductor at once."""
     device = status.device
     total, free, others = map(format_bytes, (device.total_bytes, device.free_bytes, device.others_bytes))
-    saved, budget = format_bytes(status.host_memory.used_bytes), format_bytes(status.host_memory.budget_bytes)
+    drift = f"; {format_bytes(device.drift_bytes)} of it booked here: drift" if device.drift_bytes else ""
     lines = Text.assemble(
         (device.name, "bold"),
         f" ({device.kind.value}; {device.chosen})\n",
-        f"{total} in all, {free} free, {others} held by others; ",
-        f"live contexts: {status.live_contexts}; waiting: {status.waiting}\n",
-        f"saved KV: {saved} of {budget} host memory{' (page-locked)' if status.host_memory.pinned else ''}",
+        f"{total} in all, {free} free, {others} held by others{drift}; ",
+        f"live contexts: {status.live_contexts}; waiting: {len(status.waiting)}\n",
+        f"saved KV: {_saved_kv(status.host_memory)}",
     )
     parts: list[RenderableType] = [lines, bar(status.ledger), reservations(status.ledger.reservations)]
     if status.models:
         parts.append(models(status))
     if status.agents:
         parts.append(agents(status.agents))
+    if status.waiting:
+        parts.append(waiting(status.waiting))
     return Group(*parts, mirror(status.mirror))
+
+
+def _saved_kv(memory: HostMemoryStatus) -> str:
+    used, budget = format_bytes(memory.used_bytes), format_bytes(memory.budget_bytes)
+    line = f"{used} of {budget} host memory{' (page-locked)' if memory.pinned else ''}"
+    if memory.disk_budget_bytes:
+        line += f", {format_bytes(memory.disk_used_bytes)} of {format_bytes(memory.disk_budget_bytes)} on disk"
+    moves = {"moved to disk": memory.moved_to_disk, "dropped": memory.dropped, "damaged": memory.damaged}
+    return line + "".join(f"; {count} {what}" for what, count in moves.items() if count)
 
 
 def bar(ledger: LedgerStatus, width: int = 48) -> Text:
@@ -49,7 +71,8 @@ def bar(ledger: LedgerStatus, width: int = 48) -> Text:
     What is booked at all has a letter; if that makes too many, the largest kind yields.
     """
     sizes = {kind: sum(r.bytes for r in ledger.reservations if r.kind is kind) for kind in _LETTERS}
-    letters = {kind: max(round(size * width / ledger.max_bytes), 1) for kind, size in sizes.items() if size}
+    whole = max(ledger.max_bytes, ledger.allocated_bytes)  # strangers may have taken more than what is booked leaves
+    letters = {kind: max(round(size * width / whole), 1) for kind, size in sizes.items() if size}
     while sum(letters.values()) > width:
         letters[max(letters, key=letters.__getitem__)] -= 1
     line = Text("[")
@@ -68,28 +91,40 @@ def reservations(items: Iterable[Reservation], title: str = "ledger") -> Table:
 
 
 def models(status: Status) -> Table:
-    table = _table("models", "key", "state", "agents", "weights", "file")
+    table = _table("models", "key", "state", "agents", "weights", "estimate off by", "file")
     for m in status.models:
-        _add(table, m.key, m.state.value, str(m.agents), format_bytes(m.bytes), m.path)
+        error = "–" if m.estimate_error is None else f"{m.estimate_error:+.2%}"
+        _add(table, m.key, m.state.value, str(m.agents), format_bytes(m.bytes), error, m.path)
     return table
 
 
 def agents(items: Sequence[AgentStatus]) -> Table:
-    table = _table("agents", "id", "model", "window", "tokens", "KV", "context", "on host", "turns", "priority")
+    table = _table("agents", "id", "model", "class", "window", "in use", "tokens", "KV", "context", "saved", "turns", "priority")
     for a in items:
         place = f"{a.kv.value}, busy" if a.busy else a.kv.value
         _add(
-            table, a.id, a.model, f"{a.window:,}", f"{a.tokens:,}", place, format_bytes(a.context_bytes),
-            format_bytes(a.host_bytes), str(a.turns), str(a.priority),
+            table, a.id, a.model, a.service_class.value, f"{a.window:,}", f"{a.window_in_use:,}", f"{a.tokens:,}", place,
+            format_bytes(a.context_bytes), format_bytes(a.saved_bytes), str(a.turns), str(a.priority),
         )  # fmt: skip
     return table
 
 
+def waiting(items: Sequence[WaitingStatus]) -> Table:
+    table = _table("waiting", "what", "agent", "model", "position", "priority", "since", "until", "for")
+    for w in items:
+        until = "–" if w.expires_in_s is None else f"{w.expires_in_s:.1f} s more"
+        _add(table, w.what, w.agent_id, w.model, str(w.position), str(w.priority), f"{w.waited_s:.1f} s", until, w.reason)
+    return table
+
+
 def admissions(items: Iterable[Admission]) -> Table:
-    table = _table("admitted", "id", "model", "window", "weights", "context", "added to the ledger")
+    table = _table("admitted", "id", "model", "class", "window", "begins with", "weights", "context", "added to the ledger")
     for a in items:
         weights = format_bytes(a.weights_bytes) + ("" if a.model_loaded else ", shared")
-        _add(table, a.agent_id, a.model, f"{a.window:,}", weights, format_bytes(a.context_bytes), format_bytes(a.charged_bytes))
+        _add(
+            table, a.agent_id, a.model, a.service_class.value, f"{a.window:,}", f"{a.first_window:,}", weights,
+            format_bytes(a.context_bytes), format_bytes(a.charged_bytes),
+        )  # fmt: skip
     return table
 
 
@@ -110,6 +145,7 @@ def cost(result: DecodeResult) -> str:
     rate = f", {after_first / its_s:.0f} tok/s" if after_first > 0 and its_s > 0 else ""
     swap = f"; evicted {result.kv_swap_evicted}" if result.kv_swap_evicted else ""
     swap += "; restored" if result.kv_swap_restored else ""
+    swap += "; window grew" if result.window_growths else ""
     return (
         f"{result.prompt_tokens} prompt + {result.generated_tokens} made ({result.finish_reason.value}), "
         f"first after {result.time_to_first_token_ms:.0f} ms{rate}{swap}"
@@ -119,7 +155,21 @@ def cost(result: DecodeResult) -> str:
 def refusal(refused: Refusal) -> RenderableType:
     """The line, and who holds the bytes. Print it with `crop=False`: the line is for `grep` too, and stays one line."""
     line = Text(refused.line, style="bold red", no_wrap=True, overflow="ignore")
-    return Group(line, reservations(refused.holders, "who holds the bytes"))
+    return Group(line, reservations(refused.holders, "who holds the bytes"), Text(_ways_in(refused)))
+
+
+def _ways_in(refused: Refusal) -> str:
+    """What would be admitted, or when."""
+    ways = []
+    if refused.evictable_bytes:
+        ways.append(f"{format_bytes(refused.evictable_bytes)} would be free if all that is idle went to host memory")
+    if refused.largest_window:
+        ways.append(f"a window of {refused.largest_window:,} tokens would fit now")
+    if refused.fitting_class:
+        ways.append(f"so would service_class={refused.fitting_class.value}")
+    if refused.retry_after_s is not None:
+        ways.append(f"try again in {refused.retry_after_s:.0f} s")
+    return "; ".join(ways)
 
 
 def mirror(status: MirrorStatus) -> RenderableType:
@@ -136,8 +186,8 @@ def mirror(status: MirrorStatus) -> RenderableType:
 
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="dim")
-    right = {"bytes", "window", "tokens", "weights", "context", "on host", "turns", "priority", "prompt", "made", "first token",
-             "all", "moved", "added to the ledger", ""}  # fmt: skip
+    right = {"bytes", "window", "tokens", "weights", "context", "turns", "priority", "prompt", "made", "first token",
+             "all", "moved", "added to the ledger", "in use", "begins with", "saved", "position", "since", ""}  # fmt: skip
     for column in columns:
         table.add_column(column, justify="right" if column in right else "left", overflow="fold")
     return table

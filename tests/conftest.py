@@ -34,7 +34,7 @@ async def start(tmp_path: Path) -> AsyncIterator[Start]:
     async def begin(models: Mapping[str, Any] | None = None, **options: Any) -> GpuConductor:
         document = {
             "device": {"kind": "host", "host_bytes": "256MiB"},
-            "host_kv_budget": "64MiB",
+            "host_budget": "64MiB",
             "threads": 1,
             "model_dirs": [str(tmp_path)],
             "models": {key: _options(model) for key, model in (models or {}).items()},

@@ -37,7 +37,7 @@ def write_config(directory: Path) -> Path:
     (models / "truncated.gguf").write_bytes((ROOT / "models" / "coder.gguf").read_bytes()[:100_000])
     document = {
         "device": {"kind": "host", "host_bytes": "64MiB"},
-        "host_kv_budget": "16MiB",
+        "host_budget": "16MiB",
         "threads": 1,
         "models": {key: {"path": str(ROOT / "models" / f"{key}.gguf"), "window": 512} for key in ("coder", "reviewer")},
         "model_dirs": [str(models), str(ROOT / "models")],
@@ -309,11 +309,30 @@ def test_an_estimate_adds_up_without_a_service(alone: Service) -> None:
     assert (estimate["architecture"], estimate["device_kind"], estimate["cap_bytes"]) == ("llama", "host", 57 << 20)
     small, large = estimate["windows"]
     for row in (small, large):
-        assert estimate["weights_bytes"] + row["kv_bytes"] + row["compute_bytes"] == row["total_bytes"]
-        assert row["fits"] == (row["total_bytes"] <= estimate["cap_bytes"])
+        assert row["kv_bytes"] + row["compute_bytes"] + row["pool_bytes"] == row["context_bytes"]
+        assert estimate["weights_bytes"] + row["context_bytes"] == row["total_bytes"]
+        assert row["fits"] == (row["total_bytes"] <= estimate["cap_bytes"]) == (row["contexts"] > 0)
+        assert row["agents"] == row["contexts"] == (estimate["cap_bytes"] - estimate["weights_bytes"]) // row["context_bytes"]
     assert (small["window"], small["fits"], large["window"], large["fits"]) == (512, True, 100000, False)
-    refused = alone.conductor("estimate", "coder", "--window", "0", "--config", config)
+    assert (estimate["exact"], estimate["slots"], estimate["once"], small["host_bytes"]) == (True, 1, None, 0)
+    refused = alone.conductor("estimate", "coder", "--slots", "257", "--config", config)
     assert (refused.returncode, refused.stdout) == (2, "")
+    assert "slots: 257 is outside 1 to 256" in refused.stderr
+
+
+def test_an_estimate_for_slots_counts_their_agents_and_searches_the_largest_window(alone: Service) -> None:
+    asked = ("estimate", "coder", "--slots", "4", "--config", str(alone.config))
+    estimate = alone.json(*asked, "--window", "512", "--window", "100000")
+    small, _ = estimate["windows"]
+    assert small["contexts"] > 1
+    assert small["agents"] == 4 * small["contexts"]
+    largest = estimate["largest_window"]
+    assert 512 < largest < 100000
+    fits, not_any_more = alone.json(*asked, "--window", str(largest), "--window", str(largest + 1))["windows"]
+    assert (fits["fits"], not_any_more["fits"]) == (True, False)
+    shown = " ".join(alone.ok(*asked, "--window", str(largest)).split())
+    assert "fits alone how many" in shown
+    assert f"largest window that fits alone, by dry runs: {largest:,} tokens" in shown
 
 
 @pytest.mark.parametrize(

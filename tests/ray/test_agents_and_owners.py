@@ -172,7 +172,7 @@ def test_a_refused_agent_leaves_no_actor(conduct: Conduct) -> None:
     conductor = conduct(SHIPPED)
     before = live_actors("AgentProcess")
     with pytest.raises(AdmissionRefused) as refused:
-        actors.spawn_agent("ada", "coder", conductor=conductor.handle, window=100_000)
+        actors.spawn_agent("ada", "coder", conductor=conductor.handle, window=100_000, service_class="guaranteed")
     assert not isinstance(refused.value, RayTaskError)
     assert refused.value.refusal.largest_window
     with pytest.raises(errors.UnknownModel):

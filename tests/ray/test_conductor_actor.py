@@ -65,7 +65,8 @@ def test_errors_arrive_as_the_projects_own_with_their_fields(conduct: Conduct, t
     assert raised("register", "ada", "coder").agent_id == "ada"
     assert raised("register", "", "coder").argument == "agent_id"
     assert raised("register", "bob", "coder", window=-1).argument == "window"
-    refused = raised("register", "bob", "coder", window=100_000)
+    assert raised("register", "bob", "coder", service_class="best").argument == "service_class"
+    refused = raised("register", "bob", "coder", window=100_000, service_class="guaranteed")
     assert (refused.code, refused.refusal.cap_bytes) == (RefusalCode.NEVER, conductor.status().ledger.max_bytes)
     assert refused.line.startswith("VRAM_LEDGER_DENY code=NEVER ledger_max_bytes=")
     assert raised("register", "bob", "bad").path == str(tmp_path / "bad.gguf")
@@ -94,7 +95,8 @@ def test_fifty_who_come_at_once_for_room_that_holds_twenty(conduct: Conduct, tmp
     probe = config_of("probe", tmp_path, {})
     plan = Catalog(probe).plan(str(files[0]), DeviceKind.HOST)
     with contextlib.closing(DryRun()) as dry_run:
-        context = dry_run.measure(plan, probe.context_spec(None, 256)).context_bytes
+        (took,) = dry_run.measure(plan, [probe.context_spec(None, 256)])
+    context = took.context_bytes
     room = -(-(20 * plan.weights_bytes + context) // MIB) * MIB
     assert room < 21 * plan.weights_bytes + context
     conductor = conduct(device={"kind": "host", "host_bytes": room}, admission_percent=100)

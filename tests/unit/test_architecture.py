@@ -34,7 +34,7 @@ ROOMS = {
 FORBIDDEN = {
     "conductor/": (("actors", "pipelines"), ()),
     "actors/": (("pipelines",), ()),
-    "conductor/backend/": (("conductor.core", "conductor.gpu_conductor"), ("conductor.core.estimate",)),
+    "conductor/backend/": (("conductor.core", "conductor.gpu_conductor"), ("conductor.core.estimate", "conductor.core.pool")),
 }
 
 #: The core is pure policy: of the project it knows these, of the standard library anything that does no I/O, nothing else.

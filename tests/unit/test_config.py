@@ -105,8 +105,8 @@ def test_an_empty_file_is_all_defaults(write: Callable[[str], Path], text: str) 
 
 
 def test_sizes_are_bytes_or_text(write: Callable[[str], Path]) -> None:
-    config = load_config(write("device: {limit: 7.5GiB, host_bytes: 1048576}\nhost_kv_budget: 1 MiB"))
-    assert (config.device.limit, config.device.host_bytes, config.host_kv_budget) == (15 * GIB // 2, MIB, MIB)
+    config = load_config(write("device: {limit: 7.5GiB, host_bytes: 1048576}\nhost_budget: 1 MiB"))
+    assert (config.device.limit, config.device.host_bytes, config.host_budget) == (15 * GIB // 2, MIB, MIB)
 
 
 def test_paths_start_where_the_file_lies(write: Callable[[str], Path]) -> None:
@@ -143,7 +143,7 @@ def test_where_nobody_names_a_window_it_is_the_trained_one() -> None:
 @pytest.mark.parametrize(
     ("text", "key", "problem"),
     [
-        ("live_context: 2", "live_context", "unknown option; known here: admission_percent, context"),
+        ("live_context: 2", "live_context", "unknown option; known here: admission_percent, ageing_s, context"),
         ("device: {kinds: auto}", "device.kinds", "unknown option; known here: host_bytes, index, kind, limit"),
         ("models: {m: {path: m.gguf, windows: 5}}", "models.m.windows", "unknown option"),
         ("1: 2", "1", "unknown option"),
@@ -154,9 +154,9 @@ def test_where_nobody_names_a_window_it_is_the_trained_one() -> None:
         ("live_contexts: 0", "live_contexts", "greater than 0"),
         ("admission_percent: 101", "admission_percent", "less than or equal to 100"),
         ("waitlist_limit: -1", "waitlist_limit", "greater than or equal to 0"),
-        ("host_kv_budget: lots", "host_kv_budget", "a size such as 512MiB"),
-        ("host_kv_budget: -5", "host_kv_budget", "negative"),
-        ("host_kv_budget: null", "host_kv_budget", "a size such as 512MiB"),
+        ("host_budget: lots", "host_budget", "a size such as 512MiB"),
+        ("host_budget: -5", "host_budget", "negative"),
+        ("host_budget: null", "host_budget", "a size such as 512MiB"),
         ("device: {limit: 8 pounds}", "device.limit", "a size such as 512MiB"),
         ("device: {kind: tpu}", "device.kind", "'cuda'"),
         ("device: cuda", "device", "object"),

@@ -29,7 +29,9 @@ from conductor.types import (
     ModelStatus,
     Reservation,
     ReservationId,
+    ServiceClass,
     Status,
+    WaitingStatus,
 )
 from conductor.units import MIB
 from pipelines import tables
@@ -45,29 +47,36 @@ def booked(**sizes: int) -> LedgerStatus:
 
 
 def agent(id: str) -> AgentStatus:
-    return AgentStatus(AgentId(id), ModelKey(id), 2048, 17, KvPlace.SLOT, 0, 5 * MIB, 0, True, 3)
+    return AgentStatus(
+        AgentId(id), ModelKey(id), ServiceClass.SHARED, 2048, 1024, 17, KvPlace.SLOT, 0, 5 * MIB, 0, True, 3, 0.0
+    )  # fmt: skip
 
 
 MIRROR = MirrorStatus(MirrorState.BEHIND, "vram_mib", 100, 41.5, 42.5, note="waiting for [/x]")
 STATUS = Status(
     version="1",
-    device=DeviceStatus("[/x] GPU", DeviceKind.CUDA, 100 * MIB, 60 * MIB, 0, "forced by [bold]"),
+    device=DeviceStatus("[/x] GPU", DeviceKind.CUDA, 100 * MIB, 60 * MIB, 0, 3 * MIB, "forced by [bold]"),
     ledger=booked(weights=40 * MIB, context=2 * MIB),
     live_contexts=1,
-    models=(ModelStatus(ModelKey("[/x]"), "/a/[b]/c.gguf", ModelState.RESIDENT, 1, 40 * MIB),),
+    models=(ModelStatus(ModelKey("[/x]"), "/a/[b]/c.gguf", ModelState.RESIDENT, 1, 40 * MIB, 39 * MIB, 0.025),),
     agents=tuple(map(agent, IDS)),
-    waiting=0,
-    host_memory=HostMemoryStatus(64 * MIB, 0, True),
+    waiting=(WaitingStatus("turn", AgentId("[/x]"), ModelKey("m"), 0, "for [/y]", 0, 1.0, None, 5 * MIB),),
+    host_memory=HostMemoryStatus(64 * MIB, 0, True, 128 * MIB, 2 * MIB, 3, 2, 1),
     mirror=MIRROR,
     llama_cpp="1",
     estimates="exact",
     threads=2,
     uptime_s=1.0,
 )
-REFUSAL = Refusal(RefusalCode.CAP, 80 * MIB, 100 * MIB, 42 * MIB, STATUS.ledger.reservations, 512)
-ADMITTED = Admission(AgentId("[/x]"), ModelKey("[red]m[/]"), 2048, 0, 40 * MIB, 2 * MIB, 42 * MIB, False, 0.0)
+REFUSAL = Refusal(
+    RefusalCode.CAP, 80 * MIB, 100 * MIB, 42 * MIB, STATUS.ledger.reservations, 512,
+    evictable_bytes=2 * MIB, fitting_class=ServiceClass.BEST_EFFORT, retry_after_s=3.0,
+)  # fmt: skip
+ADMITTED = Admission(
+    AgentId("[/x]"), ModelKey("[red]m[/]"), 2048, ServiceClass.SHARED, 0, 40 * MIB, 1024, 2 * MIB, 42 * MIB, False, 0.0
+)
 TURN = DecodeResult(
-    AgentId("[/x]"), "text", (1, 2, 3), 10, 0, 3, False, FinishReason.LENGTH, 1, 30.0, 0.0, 10.0, AgentId("[red]"), True, 99, 0
+    AgentId("[/x]"), "text", (1, 2, 3), 10, 0, 3, False, FinishReason.LENGTH, 1, 30.0, 0.0, 10.0, AgentId("[red]"), True, 99, 0, 0
 )
 
 
@@ -91,7 +100,7 @@ def test_everything_can_be_shown_at_any_width(width: int) -> None:
 
 def test_names_that_look_like_markup_are_shown_as_they_are() -> None:
     text = shown(tables.status(STATUS), 120)
-    for name in (*IDS, "[/x] GPU", "forced by [bold]", "/a/[b]/c.gguf", "waiting for [/x]"):
+    for name in (*IDS, "[/x] GPU", "forced by [bold]", "/a/[b]/c.gguf", "waiting for [/x]", "for [/y]"):
         assert name in text
     assert "[/x]" in shown(tables.refusal(REFUSAL), 120)
     admitted, turn = shown(tables.admissions([ADMITTED]), 120), shown(tables.decodes([TURN]), 120)
