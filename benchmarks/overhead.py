@@ -32,8 +32,9 @@ from conductor.backend.llama import KV_TYPES, Llama
 from conductor.config import Config, load_config
 from conductor.core.books import Books
 from conductor.core.estimate import ModelPlan, context_bytes
-from conductor.core.events import AgentSpec, RequestId
+from conductor.core.events import AgentSpec, RequestId, Rung
 from conductor.core.ledger import Ledger
+from conductor.core.residency import Model
 from conductor.core.sessions import Agent
 from conductor.types import AgentId, ContextSpec, DeviceKind, Status
 
@@ -147,12 +148,13 @@ def _figures(tokens: int, first: float, elapsed: float, own_first: float | None 
 def ledger_sides(plan: ModelPlan, spec: ContextSpec, reservations: int) -> dict[str, Callable[[], dict[str, float]]]:
     """Decisions on a ledger of that many reservations, in microseconds each: without agents, and with as many of them."""
     price = context_bytes(plan.geometry, spec, device=plan.device)
-    newcomer = AgentSpec(AgentId("newcomer"), plan, spec, price)
+    newcomer = AgentSpec(AgentId("newcomer"), plan, spec, (Rung(spec.window, price),))
     agents = {
-        id: Agent(replace(newcomer, id=id), RequestId(i), 0, price, loads_model=False)
+        id: Agent(replace(newcomer, id=id), RequestId(i), 0, list(newcomer.ladder), loads_model=False)
         for i, id in enumerate(AgentId(f"agent-{i}") for i in range(reservations))
     }
-    books, crowded = (Books(Ledger(1 << 40), who, live_contexts=1) for who in ({}, agents))
+    books = Books(Ledger(1 << 40), {}, {})
+    crowded = Books(Ledger(1 << 40), agents, {plan.id: Model(plan)})
     for i in range(reservations):
         books.reserve(f"holder-{i}", 1 << 20, None)
         crowded.reserve(f"holder-{i}", 1 << 20, None)
@@ -161,7 +163,7 @@ def ledger_sides(plan: ModelPlan, spec: ContextSpec, reservations: int) -> dict[
     def admission() -> dict[str, float]:
         began = time.perf_counter()
         for _ in range(count):
-            books.decide(newcomer, weights_are_booked=False)
+            books.decide(newcomer)
         return {"us": (time.perf_counter() - began) / count * 1e6}
 
     def booking() -> dict[str, float]:
@@ -173,7 +175,7 @@ def ledger_sides(plan: ModelPlan, spec: ContextSpec, reservations: int) -> dict[
     def admission_among_agents() -> dict[str, float]:
         began = time.perf_counter()
         for _ in range(count // 10):
-            crowded.decide(newcomer, weights_are_booked=True)
+            crowded.decide(newcomer)
         return {"us": (time.perf_counter() - began) / (count // 10) * 1e6}
 
     return {
