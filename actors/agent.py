@@ -13,7 +13,7 @@ from ray.exceptions import RayTaskError
 from actors.conductor_actor import STREAM_BACKPRESSURE
 from actors.connection import connect, own
 from actors.deaths import Owner
-from conductor.errors import UnknownAgent
+from conductor.errors import ConductorError, UnknownAgent
 from conductor.types import Admission, Chunk, DecodeResult, ServiceClass
 
 
@@ -40,15 +40,31 @@ class AgentProcess:
         self._opening = [{"role": "system", "content": system}] if system else []
         self._messages: list[dict[str, str]] = list(self._opening)
         self._admission: Admission | None = None
+        #: a registration that nobody knows the outcome of
+        self._doubtful: Any = None
         self._one_turn, self._one_registration = asyncio.Lock(), asyncio.Lock()
 
     async def admission(self) -> Admission:
         """Register on the first call; afterwards what was promised. Raises what the conductor's register raises."""
         async with self._one_registration:
             if self._admission is None:
-                call = self._conductor.register.remote(self._id, self._model, owner=Owner.current(), **self._terms)
-                self._admission = await _result(call)
+                await self._settle_doubt()
+                self._doubtful = self._conductor.register.remote(self._id, self._model, owner=Owner.current(), **self._terms)
+                try:
+                    self._admission = await _result(self._doubtful)
+                except ConductorError:
+                    self._doubtful = None
+                    raise
+                self._doubtful = None
             return self._admission
+
+    async def _settle_doubt(self) -> None:
+        """A registration that was cancelled may have been carried out all the same: Ray does not tell."""
+        if self._doubtful is not None:
+            with contextlib.suppress(Exception):
+                await self._doubtful
+            with contextlib.suppress(UnknownAgent):
+                await _result(self._conductor.unregister.remote(self._id))
 
     async def ask(self, text: str, *, fresh: bool = False, **options: Any) -> DecodeResult:
         """Say something and get the answer. `fresh` begins a new conversation. A failed turn leaves no message behind."""

@@ -104,8 +104,9 @@ class GpuConductorActor:
 
         `service_class`: guaranteed (weights and the whole window stay on the device), shared (weights stay, the window is
         there while decoding and grows as needed) or best_effort (a turn). With `wait_s` it waits that long for room.
-        `owner` (`Owner.current()`): the process it dies with; without one it
-        stays until unregistered. Raises InvalidRequest, ModelError, AdmissionRefused: nothing is booked then.
+        `owner` (`Owner.current()`): the process it dies with; without one it stays until unregistered. Whoever cancels the call
+        (`ray.cancel`) calls `unregister` after it: Ray may say "cancelled" of a call that was carried out.
+        Raises InvalidRequest, ModelError, AdmissionRefused: nothing is booked then.
         """
         await self._ready()
         with self._metrics.errors_of("register"):

@@ -63,9 +63,12 @@ class GpuConductor:
         self._dead_owners: deque[OwnerId] = deque(maxlen=1024)
 
     async def start(self) -> None:
-        """Take the device. Idempotent; every public call awaits it. Raises ConfigError, and ServiceFailed after `close`."""
+        """Take the device. Idempotent; every call awaits it. Raises ConfigError, and ServiceFailed once closed."""
         if self._closed:
             raise _closed()
+        await self._started()
+
+    async def _started(self) -> None:
         if self._starting is None:
             self._starting = asyncio.create_task(self._start())
         await asyncio.shield(self._starting)
@@ -306,17 +309,17 @@ class GpuConductor:
         return self._state.books.best_cap_bytes
 
     async def status(self, mirror: MirrorStatus | None = None) -> Status:
-        await self.start()
+        await self._started()
         return self._picture.status(mirror, uptime_s=time.monotonic() - self._started_at)
 
     async def ledger_log(self) -> tuple[LedgerEntry, ...]:
         """What was booked after each change, oldest first; the last 16,384 changes."""
-        await self.start()
+        await self._started()
         return tuple(self._executive.ledger_log)
 
     async def list(self) -> tuple[AgentStatus, ...]:
         """The agents, in the order of their admission."""
-        await self.start()
+        await self._started()
         return self._picture.agents()
 
     def check(self) -> None:

@@ -66,7 +66,7 @@ def to_disk(agent: Talker) -> None:
 
 def to_host_and_on_to_disk(agent: Talker) -> None:
     bytes = away(agent)
-    assert agent.engine.move_kv(agent.id) is KvPlace.DISK
+    assert agent.engine.move_kv(agent.id).place is KvPlace.DISK
     assert (agent.engine.host_memory().used_bytes, agent.engine.host_memory().disk_used_bytes) == (0, bytes)
     assert agent.opens().restored_bytes == bytes
 
@@ -86,7 +86,7 @@ def test_a_turn_that_stands_still_may_wait_on_disk(coder: Stage) -> None:
     request = grows.request(PROMPTS[0], max_tokens=200, temperature=1.0, seed=7)
     grows.step(request)
     away(grows)
-    assert grows.engine.move_kv(grows.id) is KvPlace.DISK
+    assert grows.engine.move_kv(grows.id).place is KvPlace.DISK
     grows.room = 512
     grows.opens()
     assert grows.finishes(request).tokens == full.finishes(request).tokens
@@ -175,7 +175,7 @@ def test_a_disk_that_is_full_drops_what_is_moved_to_it(on_stage: OnStage) -> Non
     agent = stage.talker("agent", window=512)
     first = agent.says(PROMPTS[0], max_tokens=32)
     away(agent)
-    assert agent.engine.move_kv(agent.id) is KvPlace.TOKENS
+    assert agent.engine.move_kv(agent.id).place is KvPlace.TOKENS
     assert agent.cached == 0
     assert (stage.memory.used_bytes, stage.memory.dropped, stage.memory.moved_to_disk) == (0, 1, 0)
     assert agent.opens().restored_bytes == 0

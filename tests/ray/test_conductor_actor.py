@@ -16,6 +16,7 @@ import actors
 from conductor import errors
 from conductor.backend.catalog import Catalog
 from conductor.backend.dry_run import DryRun
+from conductor.backend.file_identity import file_identity
 from conductor.config import Config
 from conductor.errors import AdmissionRefused, RefusalCode, ServiceFailed
 from conductor.types import Admission, Chunk, DecodeResult, DeviceKind, FinishReason, Kind, KvPlace, MirrorState
@@ -83,7 +84,7 @@ def test_errors_arrive_as_the_projects_own_with_their_fields(conduct: Conduct, t
     kinds = [errors.UnknownModel, errors.PathNotAllowed, errors.DuplicateAgent, errors.InvalidRequest, errors.AdmissionRefused]
     calls = [("x", "coda"), ("x", "/etc/passwd"), ("ada", "coder"), ("", "coder"), ("x", "coder")]
     for kind, call in zip(kinds, calls, strict=True):
-        assert isinstance(raised("register", *call, window=100_000), kind)
+        assert isinstance(raised("register", *call, window=100_000, service_class="guaranteed"), kind)
 
 
 def test_fifty_who_come_at_once_for_room_that_holds_twenty(conduct: Conduct, tmp_path: Path) -> None:
@@ -95,7 +96,7 @@ def test_fifty_who_come_at_once_for_room_that_holds_twenty(conduct: Conduct, tmp
     probe = config_of("probe", tmp_path, {})
     plan = Catalog(probe).plan(str(files[0]), DeviceKind.HOST)
     with contextlib.closing(DryRun()) as dry_run:
-        (took,) = dry_run.measure(plan, [probe.context_spec(None, 256)])
+        (took,) = dry_run.measure(plan, file_identity(plan), [probe.context_spec(None, 256)])
     context = took.context_bytes
     room = -(-(20 * plan.weights_bytes + context) // MIB) * MIB
     assert room < 21 * plan.weights_bytes + context

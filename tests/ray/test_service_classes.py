@@ -150,7 +150,8 @@ def test_a_guaranteed_newcomer_takes_the_room_of_best_effort_agents_and_ends_non
     said = {model: says(five, model, GREETINGS[:1]) for model in models}
     assert kv_of(five, "m0") is kv_of(five, "m1") is KvPlace.SLOT
     five.call("register", "gina", "m2", window=256, service_class=GUARANTEED)
-    assert [kv_of(five, id) for id in ("gina", *models)] == [KvPlace.SLOT, KvPlace.HOST, KvPlace.HOST]
+    assert kv_of(five, "gina") is KvPlace.SLOT
+    assert KvPlace.HOST in {kv_of(five, "m0"), kv_of(five, "m1")}
     for prompt in GREETINGS[1:]:
         for model in models:
             said[model] += says(five, model, [prompt])
@@ -258,21 +259,22 @@ def test_registrations_that_wait_are_seen_with_their_place_and_reason_and_leave_
 
 def test_a_turn_that_waits_is_seen_and_gives_up_in_time_with_the_session_as_it_was(conduct: Conduct, endless: Path) -> None:
     conductor = conduct({"endless": endless})
-    for id in ("ada", "bob"):
+    for id in ("ada", "bob", "cy"):
         conductor.call("register", id, "endless")
-    assert conductor.call("decode", "bob", "x", max_tokens=3).text == "abc"
+    assert conductor.call("decode", "cy", "x", max_tokens=3).text == "abc"
     running = conductor.handle.decode.remote("ada", "x", **ENDLESS)
     eventually(lambda: conductor.is_busy("ada"), within_s=20)
-    patient = conductor.handle.decode.remote("bob", max_tokens=3)
+    patient = conductor.handle.decode.remote("bob", "x", max_tokens=3)
     [queued] = eventually(lambda: waiting(conductor), within_s=20)
     assert (queued.what, queued.agent_id, queued.position, queued.expires_in_s) == ("turn", "bob", 0, None)
     assert queued.reason == "ada, an agent of the same model, is live"
-    given_up = raised_by(conductor.handle.decode.remote("bob", max_tokens=3, wait_s=0.2))
+    given_up = raised_by(conductor.handle.decode.remote("cy", max_tokens=3, wait_s=0.2))
     assert type(given_up) is TurnTimedOut
-    assert (given_up.agent_id, given_up.reason) == ("bob", queued.reason)
+    assert (given_up.agent_id, given_up.reason) == ("cy", queued.reason)
     assert given_up.waited_s >= 0.2
     ray.cancel(running)
-    assert ray.get(patient, timeout=60).text == "def"
+    assert ray.get(patient, timeout=60).text == "abc"
+    assert conductor.call("decode", "cy", max_tokens=3).text == "def"
 
 
 # --- idling -------------------------------------------------------------------------------------------------------------

@@ -82,6 +82,7 @@ class TurnCall:
     agent: str
     run: actions.RunTurn | None = None
     stopped: bool = False  #: asked to end after its step
+    expired: bool = False  #: its time was up while it waited
     required_tokens: int = 0  #: it outgrew its context, and cannot go on in a smaller one
     endings: list[events.TurnFinished | actions.FailTurn] = field(default_factory=list)
 

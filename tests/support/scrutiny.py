@@ -65,6 +65,7 @@ class Scrutiny:
         self._check_what_is_firm()
         self._check_that_nobody_was_dropped()
         self._check_that_nobody_overtook()
+        self._check_that_nobody_outstays()
         self._check_what_is_guaranteed()
         if all(isinstance(work, actions.RunTurn) for work in self.engine.todo):
             self._check_that_only_turns_are_waited_for()
@@ -89,7 +90,7 @@ class Scrutiny:
         return room.firm_bytes + room.in_use_bytes - sum(map(self.state.ledger.size, guarantees))
 
     def _check_the_promise(self) -> None:
-        """Whatever is promised is booked, and fits. Where strangers came, only shared agents' part is; but all of it would fit."""
+        """Whatever is promised is booked, and fits. Where strangers came, only shared agents' part does."""
         room, promise = self.state.books.room(), self.state.books.promise()
         assert room.firm_bytes + promise.turn_bytes <= room.best_cap_bytes
         assert room.turn_room_bytes >= promise.shared_turn_bytes
@@ -154,6 +155,14 @@ class Scrutiny:
         for newcomer in admitted.values():
             assert not passed or passed[0] < newcomer.spec.priority, f"{newcomer.spec} overtook"
 
+    def _check_that_nobody_outstays(self) -> None:
+        """Whoever had no turn for `idle_ttl_s` goes when the device is read."""
+        ttl = self.state.rules.idle_ttl_s
+        if ttl is not None and isinstance(self._happened[-1], events.DeviceRead):
+            for id, guest in self._guests.items():
+                stays = id in self.state.agents and self.state.agents[id].stage is Stage.ADMITTED
+                assert not (stays and guest.idles and self._at - guest.idle_since >= ttl), f"{id} stays"
+
     def _check_what_is_guaranteed(self) -> None:
         """The whole window of a guaranteed agent is live, and its turns wait for nothing but each other."""
         for agent in self.state.agents.values():
@@ -201,7 +210,8 @@ class Scrutiny:
         assert all(agent.phase in (None, Phase.READY) for agent in state.agents.values())
         assert all(agent.moving_to is None for agent in state.agents.values())
         assert all(model.state in (ModelState.RESIDENT, ModelState.PARKED) for model in state.models.values())
-        line = state.waitlist.in_order(self._at)
+        room, line = state.books.room(), state.waitlist.in_order(self._at)
+        assert not room.in_use_bytes or room.firm_bytes + room.in_use_bytes <= room.cap_bytes, "what idles did not give way"
         in_line = {waiting.request.request_id for waiting in line if waiting.request.may_wait}
         for call in calls:
             if call.waits and not call.cancelled:

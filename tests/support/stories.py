@@ -117,6 +117,7 @@ class Stage:
         self.hear(events.RegisterAbandoned(self._id_of(call), timed_out=True))
 
     def runs_out_of_time(self, turn: TurnCall) -> None:
+        turn.expired = turn.waits
         self.hear(events.TurnExpired(self._turn_id_of(turn)))
 
     def asks(self, agent: str) -> TurnCall:
@@ -188,7 +189,7 @@ class Stage:
     def opened(
         self, agent: str, *, takes: int | None = None, takes_more: int = 0, kv_lost: bool = False, tells: bool = True
     ) -> None:
-        """`takes`, or `takes_more`: the bytes that the context turned out to take, if not those booked, and if llama.cpp `tells`."""
+        """`takes`, or `takes_more`: what the context turned out to take, if not what was booked, and if llama.cpp `tells`."""
         self.engine.take(actions.OpenContext, agent)
         id, live = AgentId(agent), self.state.agents[AgentId(agent)].live
         assert live is not None
@@ -218,7 +219,7 @@ class Stage:
         self.engine.take(actions.RunTurn, turn.agent)
         id, required = self._turn_id_of(turn), tokens + 1
         state_bytes = self.engine.stops(AgentId(turn.agent), id, tokens=tokens)
-        turn.run, turn.required_tokens = None, required
+        turn.run, turn.required_tokens, turn.expired = None, required, False
         self.hear(events.TurnOutgrew(id, tokens, state_bytes, required, desired or required))
 
     def finished(self, turn: TurnCall, *, tokens: int = 10, prefill_s_per_token: float | None = None) -> None:
@@ -292,6 +293,7 @@ class Stage:
             owner = happened[-1].owner
             assert not [call for call in self.calls.values() if call.waits and not call.cancelled and call.owner == owner]
         self.scrutiny.check(self.calls.values())
+        assert self.engine.todo or not [turn for turn in self.turns.values() if turn.waits and turn.expired]
 
     def _note(self, action: actions.Action) -> None:
         self.engine.guaranteed = {id for id, agent in self.state.agents.items() if agent.guaranteed}

@@ -258,6 +258,45 @@ def test_a_measured_context_is_not_refused_for_a_promise_that_is_gone_anyway(giv
     stage.finished(turn)
 
 
+# lead: fails. It keeps its context as if its turn could start.
+def test_a_best_effort_agent_that_waits_to_grow_gives_way_too(given: Callable[..., Stage]) -> None:
+    stage = given(cap=250)
+    stage.has("z", ALPHA, context=150, ladder=(50,), kind="best_effort")
+    stage.reads_device(strangers=90)
+    turn = stage.asks("z")
+    stage.loaded(ALPHA)
+    stage.opened("z")
+    stage.outgrew(turn, tokens=50)
+    assert (turn.waits, stage.engine.todo) == (True, [])
+    stage.reads_device(strangers=150)
+    assert stage.engine.todo == [actions.CloseContext(Z, KvPlace.HOST)]
+    stage.settle()
+    assert turn.waits
+    stage.reads_device()
+    stage.settle()
+    assert turn.endings
+
+
+# lead: fails. In a drift any weight is accepted, and the best-effort agent is without room when the strangers are gone.
+@pytest.mark.parametrize(("kind", "context", "weights"), [("shared", 20, 121), ("best_effort", 40, 215)])
+def test_weights_that_would_break_the_promise_when_the_strangers_are_gone_are_refused(
+    given: Callable[..., Stage], kind: str, context: int, weights: int
+) -> None:
+    stage = given(cap=250)
+    stage.has("z", BETA, context=30, kind="best_effort")
+    call = stage.registers("a", ALPHA, context=context, kind=kind)
+    turn = stage.asks("a") if kind == "best_effort" else None
+    stage.reads_device(strangers=30)
+    stage.loaded(ALPHA, weights=weights)
+    if turn is None:
+        assert call.refusal.requested_bytes == 21
+    else:
+        turn.failed_with(AdmissionRefused)
+    stage.settle()
+    stage.reads_device()
+    assert stage.converses("z").run
+
+
 def test_a_measured_context_that_breaks_the_promise_is_refused(given: Callable[..., Stage]) -> None:
     stage = given(cap=500)
     stage.has("a", ALPHA, context=350)
