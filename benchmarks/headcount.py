@@ -36,6 +36,7 @@ from conductor.types import DeviceKind, Record, ServiceClass, Status
 from conductor.units import format_bytes, parse_bytes
 from pipelines import tables
 from pipelines.console import out
+from pipelines.machine import without_directories
 
 WINDOW = 172_032
 TOOL = "llama-completion"
@@ -250,7 +251,7 @@ def main(
     figures: dict[str, Any] = {
         "window": WINDOW, "left_bytes": left, "elapsed_s": time.monotonic() - began, "no_processes_because": why_alone,
         "processes": [process.to_json() for process in processes], "agents": [agent.to_json() for agent in agents],
-        "further": [each.to_json() for each in filled], "status": status.to_json(),
+        "further": [each.to_json() for each in filled], "status": without_directories(status).to_json(),
     }  # fmt: skip
     harness.save(save or harness.RESULTS / f"headcount-{device.kind.value}.json", figures, status)
 

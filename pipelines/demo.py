@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from conductor.units import MIB, format_bytes
 from pipelines import tables
 from pipelines.code_crew import DOCUMENT, ROLES, CodeCrew, CrewResult
 from pipelines.console import out, print_text, printable
-from pipelines.machine import describe
+from pipelines.machine import describe, without_directories
 
 REQUEST = "Write a Python function that runs a shell command and returns its output."
 _QUESTIONS = {
@@ -88,11 +88,6 @@ def run(config: Config, *, request: str | None = None, save: Path | None = None)
     return transcript.holds
 
 
-def _without_directories(status: Status) -> Status:
-    """A transcript is for others: where the models lie on this machine is not part of it."""
-    return replace(status, models=tuple(replace(model, path=Path(model.path).name) for model in status.models))
-
-
 class _Demo:
     def __init__(self, conductor: Any, config: Config, transcript: Transcript) -> None:
         self._conductor, self._config, self._transcript = conductor, config, transcript
@@ -118,7 +113,7 @@ class _Demo:
         out.print(Rule("the device"))
         cap = format_bytes(status.ledger.max_bytes)
         out.print(Text.assemble((status.device.name, "bold"), f" — {status.device.chosen}; {cap} may be booked"))
-        self._transcript.step("device", status=_without_directories(status).to_json())
+        self._transcript.step("device", status=without_directories(status).to_json())
 
     def _register(self) -> None:
         out.print(Rule("three agents, three models"))
@@ -138,7 +133,7 @@ class _Demo:
         ray.get(self._conductor.mirrored.remote())
         status = self._status()
         out.print(tables.status(status))
-        self._transcript.step("status", status=_without_directories(status).to_json())
+        self._transcript.step("status", status=without_directories(status).to_json())
         parts = sum(r.bytes for r in status.ledger.reservations)
         self._transcript.claim("the ledger is the sum of its reservations, and below its cap",
                                parts == status.ledger.allocated_bytes <= status.ledger.max_bytes)  # fmt: skip

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import platform
+from dataclasses import replace
+from pathlib import Path
 
 import psutil
 import ray
@@ -38,3 +40,8 @@ def _processor() -> str:
             return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or "unknown"
+
+
+def without_directories(status: Status) -> Status:
+    """For files that others read: where the models lie on this machine is not part of it."""
+    return replace(status, models=tuple(replace(model, path=Path(model.path).name) for model in status.models))
