@@ -66,7 +66,7 @@ def errors(*, as_json: bool = False) -> Iterator[None]:
             err.print(tables.refusal(error.refusal), crop=False)
             err.print(str(error).partition("\n")[2], markup=False, soft_wrap=True)
         else:
-            err.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+            err.print(f"error: {printable(str(error))}", style="red", markup=False, soft_wrap=True)
         raise SystemExit(_exit_code(error)) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None

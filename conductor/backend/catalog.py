@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from conductor.backend.gguf_header import GgufHeader, read_header
 from conductor.backend.hub import fetch
 from conductor.config import Config
 from conductor.core.estimate import ModelPlan
-from conductor.errors import BadModelFile, PathNotAllowed, UnknownModel
+from conductor.errors import BadModelFile, ModelLoadFailed, PathNotAllowed, UnknownModel
 from conductor.types import DeviceKind, ModelId, ModelKey
 
 
@@ -66,4 +68,23 @@ def model_id(path: Path) -> ModelId:
         stat = path.stat()
     except OSError as error:
         raise BadModelFile(str(path), f"cannot be opened: {error.strerror}") from error
+    return _id(stat)
+
+
+def _id(stat: os.stat_result) -> ModelId:
     return ModelId(f"{stat.st_dev}-{stat.st_ino}-{stat.st_size}-{stat.st_mtime_ns}")
+
+
+@contextmanager
+def pinned(plan: ModelPlan) -> Iterator[str]:
+    """A path to the very file that was admitted, whatever stands under its name by then. Raises ModelLoadFailed if it is gone."""
+    try:
+        file = os.open(plan.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe would be waited for
+    except OSError as error:
+        raise ModelLoadFailed(plan.path, f"cannot be opened: {error.strerror}") from error
+    try:
+        if _id(os.fstat(file)) != plan.id:
+            raise ModelLoadFailed(plan.path, "the file is another one than when it was admitted: unregister its agents first")
+        yield f"/proc/self/fd/{file}"
+    finally:
+        os.close(file)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from conductor.backend.chat_template import ChatTemplate, Piece
+from conductor.backend.chat_template import Piece
 from conductor.backend.llama import Context, Model
+from conductor.backend.template_child import TemplateChild
 from conductor.errors import ChatTemplateFailed, InvalidRequest
 from conductor.types import DecodeRequest, Message
 
@@ -69,7 +70,7 @@ class Prompter:
 
     def __init__(self, model: Model) -> None:
         self._model = model
-        self._template: ChatTemplate | None = None
+        self._template: TemplateChild | None = None
 
     def target(self, conversation: Conversation, request: DecodeRequest) -> list[int]:
         """The conversation as it is to stand before the answer. Raises InvalidRequest, ChatTemplateFailed."""
@@ -92,6 +93,11 @@ class Prompter:
             return max(0, len(target) - len(newest))
         return 0 if request.reset else len(conversation.tokens)
 
+    def close(self) -> None:
+        """Let the chat template's child go."""
+        if self._template is not None:
+            self._template.close()
+
     def _chat(self, messages: Sequence[Message]) -> list[int]:
         pieces = self._compiled().render(messages)
         tokens: list[int] = []
@@ -103,12 +109,12 @@ class Prompter:
         """Whether the tokenizer is to add what the template did not write itself."""
         return self._model.adds_bos and not (self._model.bos and first.text.startswith(self._model.bos))
 
-    def _compiled(self) -> ChatTemplate:
+    def _compiled(self) -> TemplateChild:
         if self._template is None:
             model = self._model
             if not model.chat_template:
                 raise ChatTemplateFailed(model.name, "the file has none, so messages cannot be rendered: use prompt")
-            self._template = ChatTemplate(
+            self._template = TemplateChild(
                 model.name, model.chat_template, bos=model.bos, eos=model.eos, control_strings=model.control_strings
             )
         return self._template

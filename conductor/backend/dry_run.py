@@ -30,8 +30,12 @@ from conductor.errors import BadModelFile, ModelLoadFailed
 from conductor.types import ContextSpec, DeviceKind
 
 #: how long a question may take: an 8B model's vocabulary costs some 0.2 s
-_ANSWER_WITHIN_S = 60.0
+_ANSWER_WITHIN_S = 20.0
 _IDLE_S = 10.0
+#: exit codes of a child that llama.cpp ended, or that gave no answer in time (SIGALRM)
+_FATAL = tuple(-number for number in (signal.SIGABRT, signal.SIGSEGV, signal.SIGFPE, signal.SIGBUS, signal.SIGALRM))
+#: more than any geometry and recurrent state needs; some vocabularies make llama.cpp's tokenizers ask for all there is
+_MEMORY_BYTES = 16 << 30
 
 #: Below so many tokens a slot, generating may take more than reading (`lay_out`). In 3,000 contexts it did up to 4.
 _FEW_TOKENS = 16
@@ -60,7 +64,9 @@ class DryRun:
         ChildFailed if the child itself cannot run.
         """
         question = json.dumps({"path": plan.path, "identity": identity, "specs": [spec.to_json() for spec in specs]})
-        answer = self._exchange(question) or self._exchange(question)  # it may just have gone idle
+        answer = self._exchange(question)
+        if answer is None and self._death[0] not in _FATAL:  # it may just have gone idle
+            answer = self._exchange(question)
         if answer is None and self._death[0] >= 0:
             raise ChildFailed(self._last_words())
         if answer is None:
@@ -87,6 +93,9 @@ class DryRun:
             child.process.stdin.flush()
             ready, _, _ = select.select([child.process.stdout], [], [], _ANSWER_WITHIN_S)
             line = child.process.stdout.readline() if ready else ""
+            if not ready:
+                child.process.send_signal(signal.SIGALRM)
+                child.process.wait()
         except OSError:
             line = ""
         if line:
@@ -177,6 +186,7 @@ def _answer(llama: Llama, question: dict[str, Any], open_models: dict[str, Model
 def main() -> None:
     """The child: a question a line, an answer a line, until nobody asks any more."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
     llama, open_models = Llama.instance(), dict[str, Model]()
     with contextlib.suppress(BrokenPipeError, KeyboardInterrupt):
         while select.select([sys.stdin], [], [], _IDLE_S)[0] and (line := sys.stdin.readline()):

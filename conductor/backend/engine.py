@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from conductor.backend.catalog import model_id
+from conductor.backend.catalog import pinned
 from conductor.backend.conversation import Conversation, Prompter
 from conductor.backend.device import Device, margins, open_device
 from conductor.backend.estimator import Estimator
@@ -138,6 +138,8 @@ class Engine:
         return took if self.device.kind is DeviceKind.HOST else on_gpu(took, geometry)
 
     def close(self) -> None:
+        for loaded in self._models.values():
+            loaded.prompter.close()
         self.estimator.close()
         self._saved.close()
 
@@ -152,10 +154,9 @@ class Engine:
         return weights
 
     def _load(self, plan: ModelPlan) -> tuple[Model, Footprint | None]:
-        if model_id(Path(plan.path)) != plan.id:  # loaded again after it was parked, or only now, much later
-            raise ModelLoadFailed(plan.path, "the file is another one than when it was admitted: unregister its agents first")
         try:
-            model = self._llama.load(plan.path, self.device.kind, index=self._index)
+            with pinned(plan) as path:  # loaded again after it was parked, or only now, much later
+                model = self._llama.load(path, self.device.kind, index=self._index, name=Path(plan.path).name)
         except LlamaError as error:
             raise ModelLoadFailed(plan.path, str(error)) from error
         try:
@@ -166,7 +167,9 @@ class Engine:
 
     def unload(self, model_id: ModelId) -> None:
         with self.device.moving():
-            self._models.pop(model_id).model.close()
+            loaded = self._models.pop(model_id)
+            loaded.prompter.close()
+            loaded.model.close()
 
     # --- contexts ---------------------------------------------------------------------------------------------------
 

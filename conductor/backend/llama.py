@@ -22,6 +22,7 @@ import llama_cpp.llama_cpp as ll
 import numpy as np
 import numpy.typing as npt
 
+from conductor.backend.deep_stack import on_a_deep_stack
 from conductor.backend.memory_breakdown import MemoryBreakdown
 from conductor.core.estimate import Footprint, batch_tokens, refusal, slot_cells, step_tokens
 from conductor.types import ContextSpec, DecodeRequest, DeviceKind
@@ -79,7 +80,7 @@ class Llama:
     def supports_gpu(self) -> bool:
         return bool(ll.llama_supports_gpu_offload())
 
-    def load(self, path: str, kind: DeviceKind, *, index: int = 0, dry: bool = False) -> Model:
+    def load(self, path: str, kind: DeviceKind, *, index: int = 0, dry: bool = False, name: str = "") -> Model:
         """Load a model's weights: all layers on the GPU, or all in RAM. Raises LlamaError.
 
         `dry`: lay everything out, allocate neither weights nor contexts; such a model can only tell its `footprint`.
@@ -98,7 +99,7 @@ class Llama:
         handle = ll.llama_model_load_from_file(os.fsencode(path), params)
         if not handle:
             raise self.complaint("llama_model_load_from_file returned nothing")
-        return Model(self, handle, kind, Path(path).name)
+        return Model(self, handle, kind, name or Path(path).name)
 
     def touch_device(self) -> None:
         """Make the CUDA context now, by allocating something, so that what it takes can be measured."""
@@ -170,6 +171,12 @@ class Model:
     def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
         """Token ids of `text`. `parse_special`: control strings such as <|im_end|> become their tokens."""
         raw = text.encode("utf-8")
+        try:
+            return on_a_deep_stack(len(raw), lambda: self._tokenize(raw, add_special, parse_special))
+        except RuntimeError as error:
+            raise LlamaError(f"a text of {len(raw)} bytes is too long to be tokenised here") from error
+
+    def _tokenize(self, raw: bytes, add_special: bool, parse_special: bool) -> list[int]:
         room = len(raw) + 8
         while True:
             buffer = (ll.llama_token * room)()

@@ -210,7 +210,7 @@ class Books:
         kept = self._promise_fits()
         before, agent.rung = agent.rung, rung
         self._forget_promise()
-        if not self._promise_fits() and (kept or not self._shared_promise_fits(agent)):
+        if self._promise_is_broken(kept) or not (self._promise_fits() or self._shared_promise_fits(agent)):
             agent.rung = before
             self._forget_promise()
             return False
@@ -254,7 +254,7 @@ class Books:
         """Book what the weights really took. Raises OverCap, unchanged, if the promise does not fit beside them."""
         fitted = self._promise_fits()
         before = self._resize_weights(model, measured)
-        if fitted and not self._promise_fits():
+        if self._promise_is_broken(fitted):
             self._resize_weights(model, before)
             raise OverCap(measured - before, self.ledger.free_bytes)
         model.measured_bytes = measured
@@ -271,6 +271,11 @@ class Books:
             model.reservation = self._correct_part(model.reservation, bytes)
         self._forget_promise()
         return before
+
+    def _promise_is_broken(self, fitted: bool) -> bool:
+        """Whether it fits no more, though it did; or would not even if the strangers left."""
+        could_fit = self._firm_bytes + self.promise().turn_bytes <= self.best_cap_bytes
+        return (fitted and not self._promise_fits()) or not could_fit
 
     def _shared_promise_fits(self, agent: Agent) -> bool:
         shared = agent.service_class is ServiceClass.SHARED
@@ -314,7 +319,7 @@ class Books:
         key = (agent.model_id, replace(agent.spec.context, window=live.window))
         self._reprice(key, measured)
         try:
-            if fitted and not self._promise_fits():
+            if self._promise_is_broken(fitted):
                 raise OverCap(measured - before, self.ledger.free_bytes)
             live.reservation = self._correct_part(live.reservation, measured)
         except OverCap:

@@ -203,7 +203,9 @@ class Rotation:
 
         `also_wanted`: if nothing else brings them, also the contexts of agents that have a turn waiting.
         """
-        kept = frozenset[AgentId]() if also_wanted else self._wanted()
+        stuck = {turn.agent_id for turn in self._waiting_turns() if turn.unbooked}  # and so are the agent's later turns
+        about_to_start = self._wanted() - stuck
+        kept = frozenset[AgentId]() if also_wanted else about_to_start
         occupants, weights = self._occupants(idle_since, kept), self._weights(idle_since, kept_model)
         plan = turns.plan_eviction(occupants, weights, bytes=bytes, last=self._wanted())
         return [action for step in plan for action in self._take(step)]

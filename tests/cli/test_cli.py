@@ -101,7 +101,7 @@ def test_an_agent_is_registered_seen_asked_and_let_go(service: Service) -> None:
     [listed] = service.json("list")
     status = service.json("status")
     assert_status_has_what_was_promised(status)
-    assert status["agents"] == [listed]
+    assert [agent | {"idle_s": 0} for agent in status["agents"]] == [listed | {"idle_s": 0}]
     assert (listed["id"], listed["model"], listed["window"], listed["kv"]) == ("ada", "coder", 1024, "slot")
     assert listed["tokens"] == result["prompt_tokens"] + result["generated_tokens"]
     assert (status["device"]["kind"], status["device"]["total_bytes"]) == ("host", 64 << 20)
@@ -139,12 +139,12 @@ def test_a_chat_registers_its_agent_and_takes_it_along(service: Service) -> None
 
 
 def test_what_does_not_fit_is_refused_with_the_numbers(service: Service) -> None:
-    refused = service.conductor("register", "ada", "coder", "--window", "100000")
+    refused = service.conductor("register", "ada", "coder", "--window", "100000", "--class", "guaranteed")
     assert (refused.returncode, refused.stdout) == (3, "")
     denial = DENIAL.search(refused.stderr)
     assert denial, f"one line, even where 80 columns are shown: {refused.stderr}"
     assert "A window of " in refused.stderr
-    as_json = service.conductor("register", "ada", "coder", "--window", "100000", "--json")
+    as_json = service.conductor("register", "ada", "coder", "--window", "100000", "--class", "guaranteed", "--json")
     body = json.loads(as_json.stdout)
     assert (as_json.returncode, body["error"], body["refusal"]["code"]) == (3, "AdmissionRefused", "NEVER")
     assert DENIAL.search(body["message"])
@@ -184,15 +184,15 @@ def test_bad_input_is_exit_code_2(service: Service, command: tuple[str, ...], me
 
 
 def test_whoever_ends_a_command_that_waits_for_room_waits_no_longer(service: Service) -> None:
-    whole_device = service.conductor("register", "ada", "coder", "--window", "100000", "--json")
+    whole_device = service.conductor("register", "ada", "coder", "--window", "100000", "--class", "guaranteed", "--json")
     window = json.loads(whole_device.stdout)["refusal"]["largest_window"]
-    service.ok("register", "ada", "coder", "--window", str(window))
+    service.ok("register", "ada", "coder", "--window", str(window), "--class", "guaranteed")
     with service.begin(CONDUCTOR, "register", "ghost", "reviewer", "--window", "4096", "--wait", "100") as ghost:
-        eventually(lambda: service.json("status")["waiting"] == 1, within_s=60)
+        eventually(lambda: [waiting["agent_id"] for waiting in service.json("status")["waiting"]] == ["ghost"], within_s=60)
         ghost.send_signal(signal.SIGINT)
         _, stderr = ghost.communicate(timeout=60)
     assert (ghost.returncode, stderr) == (130, "")
-    assert service.json("status")["waiting"] == 0
+    assert service.json("status")["waiting"] == []
     service.ok("unregister", "ada")
     assert service.json("list") == []
 

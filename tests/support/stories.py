@@ -137,8 +137,7 @@ class Stage:
 
     def brings_on(self, turn: TurnCall) -> None:
         """The engine does what it is asked for, in order, until the turn runs."""
-        while turn.waits:
-            self.does(self.engine.todo[0])
+        self._works_while(lambda: turn.waits)
 
     def gives_up(self, turn: TurnCall) -> None:
         self.hear(events.TurnAbandoned(self._turn_id_of(turn)))
@@ -247,8 +246,11 @@ class Stage:
 
     def settle(self) -> None:
         """The engine does everything it is asked for, in order, until there is nothing left."""
+        self._works_while(lambda: bool(self.engine.todo))
+
+    def _works_while(self, there_is_need: Callable[[], bool]) -> None:
         for _ in range(ENOUGH_STEPS):
-            if not self.engine.todo:
+            if not there_is_need():
                 return
             self.does(self.engine.todo[0])
         raise AssertionError(f"the engine goes round in circles: {self.history[-6:]}")

@@ -223,7 +223,9 @@ def test_an_agent_in_use_is_not_about_to_leave(given: Callable[..., Stage]) -> N
     stage.has("b", ALPHA)
     running = stage.asks("a")
     stage.opened("a")
-    assert stage.registers("c", BETA, context=60).refusal.retry_after_s == 60.0
+    assert stage.registers("c", BETA, context=60).refusal.retry_after_s == 60.0, "b's"
+    stage.unregisters("b")
+    assert stage.registers("c", BETA, context=60).refusal.retry_after_s is None
     stage.finished(running)
 
 
