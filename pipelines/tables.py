@@ -99,13 +99,13 @@ def models(status: Status) -> Table:
 
 
 def agents(items: Sequence[AgentStatus]) -> Table:
-    table = _table("agents", "id", "model", "class", "window", "in use", "tokens", "KV", "context", "saved", "turns", "priority")
+    table = _table("agents", "id", "model", "class", "window", "tokens", "KV", "context", "turns")
     for a in items:
+        promised = a.service_class.value + (f", {a.priority:+d}" if a.priority else "")
+        window = f"{a.window_in_use:,}/{a.window:,}" if a.window_in_use < a.window else f"{a.window:,}"
         place = f"{a.kv.value}, busy" if a.busy else a.kv.value
-        _add(
-            table, a.id, a.model, a.service_class.value, f"{a.window:,}", f"{a.window_in_use:,}", f"{a.tokens:,}", place,
-            format_bytes(a.context_bytes), format_bytes(a.saved_bytes), str(a.turns), str(a.priority),
-        )  # fmt: skip
+        place += f", {format_bytes(a.saved_bytes)}" if a.saved_bytes else ""
+        _add(table, a.id, a.model, promised, window, f"{a.tokens:,}", place, format_bytes(a.context_bytes), str(a.turns))
     return table
 
 

@@ -195,6 +195,20 @@ def test_whoever_has_its_room_is_not_refused_any_more(tight: Stage) -> None:
     assert turn.endings
 
 
+def test_a_turn_whose_time_was_up_when_its_place_came_has_its_time_to_grow_all_the_same(given: Callable[..., Stage]) -> None:
+    stage = given(cap=200)
+    stage.has("a", ALPHA, context=80, ladder=LADDER)
+    trainer = stage.reserves("trainer", 80).reservation
+    turn = stage.asks("a")
+    stage.runs_out_of_time(turn)
+    stage.opened("a")
+    stage.outgrew(turn, tokens=20)
+    assert turn.waits
+    stage.releases(trainer)
+    stage.settle()
+    assert turn.endings
+
+
 def test_a_window_that_could_never_fit_is_refused_at_once(given: Callable[..., Stage]) -> None:
     stage = given(cap=139)
     stage.has("a", ALPHA, context=80, ladder=LADDER)

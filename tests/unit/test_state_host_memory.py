@@ -287,6 +287,22 @@ def test_whoever_comes_back_leaves_its_place_to_the_one_that_goes(given: Callabl
     assert leads_to_close.evidence[0] == "b"
 
 
+def test_nobody_else_leaves_for_the_place_that_somebody_gives_up(given: Callable[..., Stage]) -> None:
+    stage = given(cap=1000, live_contexts=2, host_bytes=40, disk_bytes=100)
+    for agent in "abcde":
+        stage.has(agent, PLANS[agent], context=100)
+    for agent in "abcd":
+        stage.converses(agent, tokens=10)
+    stage.unregisters("c")
+    stage.settle()
+    back, other = stage.asks("a"), stage.asks("e")
+    assert [type(work) for work in stage.engine.todo] == [actions.OpenContext], "d waits for a's place, and b stays"
+    stage.settle()
+    assert back.evidence[1]
+    assert other.evidence[0] == "d"
+    assert places(stage)["b"] is KvPlace.HOST
+
+
 def test_if_it_does_not_come_back_after_all_the_other_goes_elsewhere(given: Callable[..., Stage]) -> None:
     stage = given(cap=1000, live_contexts=2, host_bytes=20, disk_bytes=0)
     for agent in "abc":

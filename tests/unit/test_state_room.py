@@ -90,6 +90,19 @@ def test_nobody_is_sent_away_in_vain_for_a_newcomer_that_may_not_wait(given: Cal
     stage.finished(running[1])
 
 
+def test_weights_that_the_newcomer_needs_itself_are_no_room_that_could_be_cleared(given: Callable[..., Stage]) -> None:
+    stage = given(cap=460, live_contexts=2)
+    stage.has("z", GAMMA, context=0, kind="best_effort")
+    stage.converses("z", tokens=0)
+    stage.has("a", ALPHA, context=50)
+    stage.has("b", BETA, context=50)
+    running = [stage.asks("a"), stage.asks("b")]
+    for turn in running:
+        stage.brings_on(turn)
+    assert stage.registers("g", GAMMA, context=100, kind="guaranteed").refusal.code is RefusalCode.CAP
+    stage.settle()
+
+
 def test_a_newcomer_is_not_told_to_come_back_if_all_it_needs_is_leaving_already(roomy: Stage) -> None:
     roomy.converses("a")
     roomy.converses("b")
