@@ -258,7 +258,6 @@ def test_a_measured_context_is_not_refused_for_a_promise_that_is_gone_anyway(giv
     stage.finished(turn)
 
 
-# lead: fails. It keeps its context as if its turn could start.
 def test_a_best_effort_agent_that_waits_to_grow_gives_way_too(given: Callable[..., Stage]) -> None:
     stage = given(cap=250)
     stage.has("z", ALPHA, context=150, ladder=(50,), kind="best_effort")
@@ -277,7 +276,6 @@ def test_a_best_effort_agent_that_waits_to_grow_gives_way_too(given: Callable[..
     assert turn.endings
 
 
-# lead: fails. In a drift any weight is accepted, and the best-effort agent is without room when the strangers are gone.
 @pytest.mark.parametrize(("kind", "context", "weights"), [("shared", 20, 121), ("best_effort", 40, 215)])
 def test_weights_that_would_break_the_promise_when_the_strangers_are_gone_are_refused(
     given: Callable[..., Stage], kind: str, context: int, weights: int

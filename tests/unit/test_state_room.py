@@ -97,8 +97,10 @@ def test_weights_that_the_newcomer_needs_itself_are_no_room_that_could_be_cleare
     stage.has("a", ALPHA, context=50)
     stage.has("b", BETA, context=50)
     running = [stage.asks("a"), stage.asks("b")]
-    for turn in running:
-        stage.brings_on(turn)
+    stage.opened("a")
+    stage.closed("z")
+    stage.opened("b")
+    assert all(turn.runs for turn in running)
     assert stage.registers("g", GAMMA, context=100, kind="guaranteed").refusal.code is RefusalCode.CAP
     stage.settle()
 
