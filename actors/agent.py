@@ -118,6 +118,11 @@ class AgentProcess:
         finally:
             ray.cancel(turn)
 
+    async def cancel(self) -> int:
+        """End the turn that runs or waits, with what it made; returns how many ended."""
+        turns: int = await _result(self._conductor.cancel.remote(self._id))
+        return turns
+
     async def messages(self) -> list[dict[str, str]]:
         """The conversation so far."""
         return list(self._messages)

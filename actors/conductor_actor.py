@@ -118,6 +118,18 @@ class GpuConductorActor:
         self._watch(owner)  # again: a death told before the booking found nothing to give back, and is told once more
         return admission
 
+    async def fork(self, agent_id: str, new_id: str, *, wait_s: float = 0, owner: Owner | None = None) -> Admission:
+        """Admit `new_id` with the conversation of `agent_id` as it is after the turns asked for so far; nothing is read again.
+
+        It gets the other's model, window, class and priority. Raises what `register` raises, UnknownAgent and WindowRefused.
+        """
+        await self._ready()
+        with self._metrics.errors_of("register"):
+            admission = await self._conductor.fork(agent_id, new_id, wait_s=wait_s, owner=self._watch(owner))
+        self._metrics.admitted(admission)
+        self._watch(owner)
+        return admission
+
     async def unregister(self, agent_id: str) -> None:
         """Let an agent go; its bytes are back when this returns, its model's too if it was the last user."""
         await self._ready()
@@ -126,8 +138,8 @@ class GpuConductorActor:
     async def decode(self, agent_id: str, prompt: str | None = None, **options: Any) -> DecodeResult:
         """One turn of an agent's conversation: `prompt` continues it as raw text, `messages=[{role, content}, …]` as a chat.
 
-        Options: max_tokens, temperature (0 is greedy), top_k, top_p, min_p, seed, stop, reset, context_shift, and wait_s:
-        how long it may wait for its place, and for room if its window must grow.
+        Options: max_tokens, temperature (0 is greedy), top_k, top_p, min_p, seed, stop, reset, context_shift, wait_s: how long it
+        may wait for its seat, and for room if its window must grow, and timeout_s: after which it ends with what it made.
         Raises InvalidRequest, UnknownAgent, WindowFull, WindowRefused, TurnTimedOut, ModelError, DecodeFailed.
         """
         await self._ready()
@@ -152,6 +164,14 @@ class GpuConductorActor:
                     yield item
             finally:
                 await turn.aclose()  # type: ignore[attr-defined]
+
+    async def cancel(self, agent_id: str) -> int:
+        """End the agent's turns, running and waiting, with what they made; returns how many. Raises UnknownAgent.
+
+        Whoever asked for one gets its result with `finish_reason` cancelled, or TurnCancelled if it has made nothing.
+        """
+        await self._ready()
+        return await self._conductor.cancel(agent_id)
 
     async def reserve(self, holder: str, bytes: int, *, owner: Owner | None = None) -> ReservationId:
         """Book device memory for any other task of this node; returns the id to release. Raises AdmissionRefused."""

@@ -44,7 +44,9 @@ GAUGES = {
     "drift_bytes": Metric("What is booked beyond the cap, because strangers took it"),
     "estimate_error_ratio": Metric("Measured / estimated - 1 of a model's weights at their last load", ("model",)),
     "agents": Metric("Agents, by what they were promised and where their KV is", ("service_class", "kv")),
-    "waiting": Metric("Registrations that wait for room and turns that wait for their place", ("call",)),
+    "waiting": Metric("Registrations that wait for room and turns that wait for their seat", ("call",)),
+    "pools": Metric("Live contexts", ("model",)),
+    "slots": Metric("Slots of the pools: with a turn running, with an agent's KV at rest, and free", ("model", "state")),
     "kv_bytes": Metric("Saved KV caches", ("place",)),
     "kv_budget_bytes": Metric("What saved KV caches may take", ("place",)),
 }
@@ -54,10 +56,11 @@ COUNTERS = {
     "refusals": Metric("Calls refused for want of room", ("call", "code")),
     "errors": Metric("Calls that ended with an error, refusals included", ("call", "error")),
     "turns": Metric("Turns that ended with a result", ("finish_reason",)),
-    "tokens": Metric("Tokens of these turns: of the prompt, decoded or reused, and generated", ("kind",)),
+    "tokens": Metric("Tokens of these turns: of the prompt, decoded, reused or copied from others, and generated", ("kind",)),
     "recomputed_tokens": Metric("Tokens that these turns decoded again because their KV was nowhere"),
     "swap_bytes": Metric("KV moved for these turns, both ways"),
-    "window_growths": Metric("Contexts made anew, larger, during these turns"),
+    "window_growths": Metric("Windows that these turns outgrew"),
+    "pauses": Metric("How often these turns stood still for others"),
     "kv_moved_to_disk": Metric("KV caches that went from host memory to disk"),
     "kv_dropped": Metric("KV caches that found no place or were not worth one"),
     "kv_damaged": Metric("KV caches that failed their check"),
@@ -114,10 +117,12 @@ class Metrics:
             self._totals["turns", (turn.finish_reason.value,)] += 1
             self._totals["tokens", ("prompt",)] += turn.prompt_tokens
             self._totals["tokens", ("reused",)] += turn.prompt_tokens_reused
+            self._totals["tokens", ("prefix",)] += turn.prefix_tokens_reused
             self._totals["tokens", ("generated",)] += turn.generated_tokens
             self._totals["recomputed_tokens", ()] += turn.recomputed_tokens
             self._totals["swap_bytes", ()] += turn.swap_bytes
             self._totals["window_growths", ()] += turn.window_growths
+            self._totals["pauses", ()] += turn.pauses
 
     @contextlib.contextmanager
     def errors_of(self, call: str) -> Iterator[None]:
@@ -149,6 +154,14 @@ def gauges_of(status: Status) -> dict[Figure, float]:
     figures.update({("booked_bytes", (kind.value,)): 0 for kind in Kind if kind is not Kind.KV})
     figures.update({("agents", (promised.value, place.value)): 0 for promised in ServiceClass for place in KvPlace})
     figures.update({("waiting", (call,)): 0 for call in ("register", "turn")})
+    for model in status.models:
+        figures["pools", (model.key,)] = 0
+        figures.update({("slots", (model.key, state)): 0 for state in ("busy", "idle", "free")})
+    for pool in status.pools:
+        figures["pools", (pool.model,)] += 1
+        figures["slots", (pool.model, "busy")] += pool.running
+        figures["slots", (pool.model, "idle")] += pool.seated - pool.running
+        figures["slots", (pool.model, "free")] += pool.slots - pool.seated
     for reserved in status.ledger.reservations:
         figures["booked_bytes", (reserved.kind.value,)] += reserved.bytes
     for agent in status.agents:

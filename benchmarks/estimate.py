@@ -102,7 +102,21 @@ def settled(device: Device) -> int:
 
 
 def decode(context: Context, n_vocab: int, count: int) -> None:
-    context.feed([(7 + 7919 * i) % n_vocab for i in range(count)])
+    """So many tokens from the beginning, a batch at a time, in the first slot."""
+    tokens, batch = [(7 + 7919 * i) % n_vocab for i in range(count)], context.batch
+    for start in range(0, count, batch.capacity):
+        batch.clear()
+        batch.add(tokens[start : start + batch.capacity], start, 0, output=True)
+        context.decode()
+    context.synchronize()
+
+
+def decode_singly(context: Context, first: int, count: int) -> None:
+    """So many more tokens, each by itself."""
+    for position in range(first, first + count):
+        context.batch.clear()
+        context.batch.add_one(1, position, 0)
+        context.decode()
     context.synchronize()
 
 
@@ -115,14 +129,13 @@ def run(plan: ModelPlan, spec: ContextSpec, device: Device, *, tokens: int) -> t
         with closing(model.context(spec, n_threads=psutil.cpu_count(logical=False) or 1)) as context:
             account = context.footprint()
             steps.note("context")
-            decode(context, model.n_vocab, min(max(tokens, spec.n_ubatch), spec.window - SINGLE_TOKENS))
+            prompt = min(max(tokens, spec.n_ubatch), spec.window - SINGLE_TOKENS)
+            decode(context, model.n_vocab, prompt)
             steps.note("prompt")
-            for _ in range(SINGLE_TOKENS):
-                context.feed_one(1)
-            context.synchronize()
+            decode_singly(context, prompt, SINGLE_TOKENS)
             steps.note("single tokens")
             for size in UNEVEN:
-                context.clear()
+                context.empty(0)
                 decode(context, model.n_vocab, min(size, spec.window))
             steps.note("uneven batches")
         steps.note("closed")

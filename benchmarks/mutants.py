@@ -23,6 +23,7 @@ from rich.progress import track
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import harness
+from pipelines.console import out
 from tests.support.mutants import KINDS, Mutant, mutants
 from tests.support.trial import CRASHED, HUNG, UNTYPED, WORKED, Outcome, Trial
 
@@ -33,7 +34,7 @@ WITHIN_S = 10.0
 def run(count: int, seed: int) -> tuple[list[tuple[Mutant, Outcome]], int]:
     """(each mutant with its outcome, how many children it took)."""
     with tempfile.TemporaryDirectory() as directory, Trial(Path(directory)) as trial:
-        made = track(mutants(count, seed=seed), total=count, description="mutants", console=harness.out, transient=True)
+        made = track(mutants(count, seed=seed), total=count, description="mutants", console=out, transient=True)
         return [(mutant, trial.put(mutant)) for mutant in made], trial.children
 
 
@@ -75,8 +76,8 @@ def main(
         [row(kind, known) for kind, known in [*by_kind.items(), ("all", total)]],
     )
     for case in wrong[:20]:
-        harness.out.print(f"{case['outcome']} by {case['kind']}, {case['what']!r}: {case['said'] or case['why']}", markup=False)
-    harness.out.print(
+        out.print(f"{case['outcome']} by {case['kind']}, {case['what']!r}: {case['said'] or case['why']}", markup=False)
+    out.print(
         f"{total['crashed']} crashes, {total['hung']} hangs, {total['untyped']} errors that are not ours, "
         f"{total['differences']} differences afterwards; {time.monotonic() - began:.0f} s"
     )

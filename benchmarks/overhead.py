@@ -9,7 +9,6 @@ own ratios.
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import logging
 import sys
@@ -27,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import actors
 from benchmarks import harness
+from benchmarks.bare import BareModel
 from conductor.backend.catalog import Catalog
-from conductor.backend.llama import KV_TYPES, Llama
 from conductor.config import Config, load_config
 from conductor.core.books import Books
 from conductor.core.estimate import ModelPlan, context_bytes
@@ -36,7 +35,8 @@ from conductor.core.events import AgentSpec, RequestId, Rung
 from conductor.core.ledger import Ledger
 from conductor.core.residency import Model
 from conductor.core.sessions import Agent
-from conductor.types import AgentId, ContextSpec, DeviceKind, Status
+from conductor.types import AgentId, ContextSpec, Status
+from pipelines.console import out
 
 _SHOWN = {"tokens_per_s": 0, "turn_tokens_per_s": 0, "first_token_ms": 2}
 PROMPT = "import os\nimport sys\n\n\ndef main(arguments):\n"
@@ -45,46 +45,29 @@ PROMPT = "import os\nimport sys\n\n\ndef main(arguments):\n"
 class BareLoop:
     """llama-cpp-python's low-level loop and nothing else: the limit."""
 
-    def __init__(self, plan: ModelPlan, spec: ContextSpec, n_threads: int) -> None:
-        Llama.instance()  # takes llama.cpp's log away from the terminal
-        params = llama.llama_model_default_params()
-        nothing = (ctypes.c_void_p * 1)(None)
-        if plan.device is DeviceKind.CUDA:
-            params.n_gpu_layers = -1
-        else:
-            params.n_gpu_layers, params.devices = 0, ctypes.cast(nothing, ctypes.c_void_p)
-            params.load_mode = llama.LLAMA_LOAD_MODE_NONE
-        self._model = llama.llama_model_load_from_file(plan.path.encode(), params)
-        self._vocab = llama.llama_model_get_vocab(self._model)
-        cp = llama.llama_context_default_params()
-        cp.n_ctx, cp.n_batch, cp.n_ubatch = spec.window, spec.n_batch, spec.n_ubatch
-        cp.n_seq_max = cp.n_outputs_max = 1
-        cp.n_threads = cp.n_threads_batch = n_threads
-        cp.flash_attn_type, cp.type_k, cp.type_v = int(spec.flash_attention), KV_TYPES[spec.kv_type], KV_TYPES[spec.kv_type]
-        cp.swa_full = False
-        cp.offload_kqv = cp.op_offload = plan.device is DeviceKind.CUDA
-        self._context = llama.llama_init_from_model(self._model, cp)
+    def __init__(self, model: BareModel, spec: ContextSpec, n_threads: int) -> None:
+        self._model = model
+        self._context = model.context(spec, n_threads=n_threads)
 
     def generate(self, prompt: str, max_tokens: int) -> tuple[list[int], float, float]:
         """Tokens, seconds to the first of them, seconds in all."""
         began = time.perf_counter()
         memory = llama.llama_get_memory(self._context)
         llama.llama_memory_clear(memory, True)
-        raw = prompt.encode()
-        ids = (llama.llama_token * (len(raw) + 8))()
-        count = llama.llama_tokenize(self._vocab, raw, len(raw), ids, len(ids), True, True)
+        read = self._model.tokenize(prompt)
+        ids = (llama.llama_token * len(read))(*read)
         sampler = llama.llama_sampler_chain_init(llama.llama_sampler_chain_default_params())
         llama.llama_sampler_chain_add(sampler, llama.llama_sampler_init_greedy())
         one = (llama.llama_token * 1)()
         batch = llama.llama_batch_get_one(one, 1)
-        assert llama.llama_decode(self._context, llama.llama_batch_get_one(ids, count)) == 0
+        assert llama.llama_decode(self._context, llama.llama_batch_get_one(ids, len(read))) == 0
         made: list[int] = []
         first = 0.0
         while True:
             token = llama.llama_sampler_sample(sampler, self._context, -1)
             made.append(token)
             first = first or time.perf_counter() - began
-            if llama.llama_vocab_is_eog(self._vocab, token) or len(made) >= max_tokens:
+            if llama.llama_vocab_is_eog(self._model.vocab, token) or len(made) >= max_tokens:
                 break
             one[0] = token
             assert llama.llama_decode(self._context, batch) == 0
@@ -104,18 +87,18 @@ def decode_sides(conductor: Any, bare: BareLoop, max_tokens: int) -> dict[str, C
 
     def limit() -> dict[str, float]:
         text = prompt(next(numbers["bare"]))
-        _settle()
+        harness.settle()
         expected[text], first, elapsed = bare.generate(text, max_tokens)
         return _figures(len(expected[text]), first, elapsed)
 
     def actor() -> dict[str, float]:
         text = prompt(next(numbers["actor"]))
-        _settle()
+        harness.settle()
         began = time.perf_counter()
         ray.get(conductor.decode.remote("bench", text, max_tokens=1, reset=True))
         first = time.perf_counter() - began
         ray.get(conductor.decode.remote("bench", "x", max_tokens=1, reset=True))  # the next call is to read its prompt itself
-        _settle()
+        harness.settle()
         began = time.perf_counter()
         result = ray.get(conductor.decode.remote("bench", text, max_tokens=max_tokens, reset=True))
         elapsed = time.perf_counter() - began
@@ -129,11 +112,6 @@ def decode_sides(conductor: Any, bare: BareLoop, max_tokens: int) -> dict[str, C
         return {"ms": (time.perf_counter() - began) * 1000}
 
     return {"bare loop": limit, "actor": actor, "empty call": empty_call}
-
-
-def _settle() -> None:
-    """Let the other side's threads go to sleep: llama.cpp's spin for some ms after their last step, on the same cores."""
-    time.sleep(0.05)
 
 
 def _figures(tokens: int, first: float, elapsed: float, own_first: float | None = None) -> dict[str, float]:
@@ -153,8 +131,8 @@ def ledger_sides(plan: ModelPlan, spec: ContextSpec, reservations: int) -> dict[
         id: Agent(replace(newcomer, id=id), RequestId(i), 0, list(newcomer.ladder), loads_model=False)
         for i, id in enumerate(AgentId(f"agent-{i}") for i in range(reservations))
     }
-    books = Books(Ledger(1 << 40), {}, {})
-    crowded = Books(Ledger(1 << 40), agents, {plan.id: Model(plan)})
+    books = Books(Ledger(1 << 40), {}, {}, {})
+    crowded = Books(Ledger(1 << 40), agents, {plan.id: Model(plan)}, {})
     for i in range(reservations):
         books.reserve(f"holder-{i}", 1 << 20, None)
         crowded.reserve(f"holder-{i}", 1 << 20, None)
@@ -201,7 +179,7 @@ def main(
     plan = Catalog(settings).plan(model, status.device.kind)
     admission = ray.get(conductor.register.remote("bench", model))
     spec = settings.context_spec(plan.key, admission.window)
-    bare = BareLoop(plan, spec, n_threads=status.threads)
+    bare = BareLoop(BareModel(plan), spec, n_threads=status.threads)
     decode = harness.in_turns(decode_sides(conductor, bare, max_tokens), repeats=repeats)
     ledger = harness.in_turns(ledger_sides(plan, spec, reservations), repeats=max(repeats, 25))
     actors.stop(conductor)
@@ -215,7 +193,7 @@ def main(
         for side, figures in decode.items()
     ]
     harness.table(f"{model} on {status.device.name}, one agent, greedy", ["", "tok/s", "whole turn", "first token, ms"], rows)
-    harness.out.print(
+    out.print(
         f"actor / bare loop: [bold]{rate:.3f}[/] of the tok/s, {turn:.3f} of the whole turn's ({max_tokens} tokens), "
         f"[bold]{late:+.2f} ms[/] to the first token, of which an empty call of the actor takes {empty_ms:.2f}"
     )

@@ -1,4 +1,4 @@
-"""The models that the memory benchmarks run with: files, directories of files, or a known model's true geometry, made here.
+"""The models that the benchmarks run with: files, directories of files, or a known model's true geometry, made here.
 
 A made model has the named one's tensors in its usual quantisation, filled at random: the same bytes and the same speed, no
 meaning. It takes seconds and a tool that is no part of this repository (`--synth`).
@@ -14,7 +14,8 @@ from typing import Annotated
 
 import typer
 
-from conductor.config import Config, parse_config
+from conductor.config import Config, ModelConfig, parse_config
+from conductor.core.estimate import CELL_MULTIPLE
 from pipelines.console import out
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,6 +25,9 @@ PUBLIC = ("llama-3.2-1b", "qwen2-0.5b", "smollm2-360m")
 LARGER = "llama-3.1-8b"
 #: what comes with the repository
 SHIPPED = ("coder", "reviewer", "documenter")
+
+#: of the host device, where a benchmark is not about room
+_HOST_BYTES = 4 << 30
 
 Models = Annotated[list[str] | None, typer.Option(help="Files, directories or shapes; repeat it, or separate by commas.")]
 Directory = Annotated[Path, typer.Option(help="Where models of a shape are made, and looked for first.")]
@@ -67,3 +71,28 @@ def configured(models: Mapping[str, Path], **options: object) -> Config:
     """A configuration with these models and nothing else but `options`."""
     document = {"models": {name: {"path": str(path.resolve())} for name, path in models.items()}, **options}
     return parse_config(document, source="benchmark", directory=ROOT)
+
+
+def key(name: str) -> str:
+    """What a model given to a benchmark is called in its configuration."""
+    return Path(name).stem if Path(name).is_file() else name
+
+
+def added(settings: Config, names: Sequence[str], *, directory: Path, synth: Path) -> Config:
+    """The configuration with these models in it: those that it has, and files and shapes beside them."""
+    missing = [name for name in names if name not in settings.models]
+    files = find(missing, directory=directory, synth=synth) if missing else {}
+    further = {name: ModelConfig(path=str(path.resolve())) for name, path in files.items()}
+    return settings.model_copy(update={"models": {**settings.models, **further}})
+
+
+def roomy(settings: Config, *, slots: int) -> Config:
+    """As wide as a benchmark needs that is not about room: slots for all its agents, and a host device that holds them."""
+    device = settings.device.model_copy(update={"host_bytes": max(settings.device.host_bytes, _HOST_BYTES)})
+    context = settings.context.model_copy(update={"slots": max(settings.context.slots, slots)})
+    return settings.model_copy(update={"device": device, "context": context})
+
+
+def window_for(tokens: int) -> int:
+    """The window that so many tokens need: llama.cpp rounds it up to this anyway."""
+    return -(-tokens // CELL_MULTIPLE) * CELL_MULTIPLE

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, PrivateAttr, ValidationError
 
+from conductor.core.estimate import MAX_SLOTS
 from conductor.errors import ConfigError
 from conductor.types import ContextSpec
 from conductor.units import parse_bytes
@@ -25,6 +26,7 @@ MAX_WINDOW = 2**31 - 1
 Bytes = Annotated[int, BeforeValidator(parse_bytes)]
 Size = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
 Window = Annotated[int, Field(gt=0, le=MAX_WINDOW)]
+Slots = Annotated[int, Field(gt=0, le=MAX_SLOTS)]
 Seconds = Annotated[float, Field(ge=0, le=86_400)]
 KvType = Literal["f32", "f16", "q8_0", "q4_0"]
 
@@ -46,6 +48,7 @@ class ContextConfig(_Section):
 
     window: Window | None = None
     first_window: Window | None = 4096
+    slots: Slots = 8
     n_batch: PositiveInt = 512
     n_ubatch: PositiveInt = 512
     kv_type: KvType = "f16"
@@ -59,6 +62,7 @@ class ModelConfig(_Section):
     file: str | None = None
     window: Window | None = None
     first_window: Window | None = None
+    slots: Slots | None = None
     n_batch: PositiveInt | None = None
     n_ubatch: PositiveInt | None = None
     kv_type: KvType | None = None
@@ -83,12 +87,15 @@ class RayConfig(_Section):
 class Config(_Section):
     device: DeviceConfig = DeviceConfig()
     admission_percent: Annotated[int, Field(ge=1, le=100)] = 90
-    live_contexts: PositiveInt = 1
+    live_contexts: PositiveInt | None = None
     host_budget: Bytes = 512 << 20
     disk: DiskConfig = DiskConfig()
     threads: PositiveInt | None = None
+    threads_per_context: PositiveInt | None = None
     waitlist_limit: Annotated[int, Field(ge=0)] = 256
     turn_queue_limit: PositiveInt = 1024
+    min_turn_ms: PositiveInt = 1000
+    max_stall_ms: PositiveInt = 100
     ageing_s: Annotated[float, Field(gt=0)] = 60.0
     turn_wait_s: Seconds | None = None
     growth_wait_s: Seconds | None = 10.0
@@ -136,6 +143,11 @@ class Config(_Section):
     def context_shift(self, key: str) -> bool:
         own = self.models[key].context_shift if key in self.models else None
         return self.context.context_shift if own is None else own
+
+    def slots(self, key: str) -> int:
+        """The most slots of the model's pool."""
+        own = self.models[key].slots if key in self.models else None
+        return own or self.context.slots
 
     def first_window(self, key: str, window: int) -> int:
         """What a context of `window` tokens begins with."""

@@ -20,20 +20,21 @@ from typing_extensions import assert_never
 
 from conductor.backend.device import cap_bytes, physical_bytes
 from conductor.backend.engine import Closed, Engine, Moved
-from conductor.backend.turn import Outgrown, TurnOrder, TurnOutcome
 from conductor.config import Config
 from conductor.core import actions, events
 from conductor.core.estimate import ModelPlan
-from conductor.core.events import RequestId, TurnId
+from conductor.core.events import RequestId
 from conductor.core.state import State
-from conductor.errors import ConductorError, InternalError, WindowRefused
-from conductor.pending_turn import PendingTurn
-from conductor.types import AgentId, Chunk, DecodeRequest, DecodeResult, KvPlace, LedgerEntry, ModelId
+from conductor.errors import ConductorError
+from conductor.turn_desk import TurnDesk, own
+from conductor.types import AgentId, KvPlace, LedgerEntry, ModelId, PoolId
 
 log = logging.getLogger("conductor")
 
-#: Threads are made when they are needed: `live_contexts`, and one for each guaranteed agent, may work at once.
+#: Threads are made when they are needed: so many pools may be made or freed at once.
 _MOST_AT_ONCE = 256
+#: While turns wait, the policy hears at most and at least this often how those that run get on: who had its minimum makes way.
+_PROGRESS_S = (0.01, 0.1)
 _LOG_LINES = 16_384
 T = TypeVar("T")
 
@@ -47,20 +48,16 @@ class Executive:
         self._config, self._state, self._engine, self._on_change = config, state, engine, on_change
         self._loop = asyncio.get_running_loop()
         self._io_threads = io_threads
-        self._turn_threads = ThreadPoolExecutor(_MOST_AT_ONCE, thread_name_prefix="turn")
+        self._pool_threads = ThreadPoolExecutor(_MOST_AT_ONCE, thread_name_prefix="pool")
         self._ids = itertools.count(1)
         self._answers: dict[RequestId, asyncio.Future[Any]] = {}
         #: the ledger's log, one line for each change, the oldest forgotten
         self.ledger_log: deque[LedgerEntry] = deque(maxlen=_LOG_LINES)
         self._began_at = time.monotonic()
         self._patience: dict[RequestId, asyncio.TimerHandle] = {}
-        self._turns: dict[TurnId, PendingTurn] = {}
+        self.turns = TurnDesk(config, state, engine, ids=self._ids, dispatch=self.dispatch)
         self._tasks: set[asyncio.Task[None]] = set()
-
-    def stop_turns(self) -> None:
-        """Ask every running turn to end after the step it is in."""
-        for turn in self._turns.values():
-            turn.stop.set()
+        self._next_progress: asyncio.TimerHandle | None = None
 
     async def idle(self) -> None:
         """Wait until no work is under way."""
@@ -68,7 +65,9 @@ class Executive:
             await asyncio.wait(self._tasks)
 
     def close(self) -> None:
-        self._turn_threads.shutdown(wait=False)
+        if self._next_progress is not None:
+            self._next_progress.cancel()
+        self._pool_threads.shutdown(wait=False)
 
     def request(self) -> RequestId:
         """The id of a new request."""
@@ -91,47 +90,6 @@ class Executive:
         until = self._patience.get(request)
         return until.when() - self._loop.time() if until is not None else None
 
-    async def turn(
-        self, agent_id: AgentId, request: DecodeRequest, *, emit: Callable[[Chunk], None] | None, wait_s: float | None = None
-    ) -> DecodeResult:
-        """Queue a turn and await its end; cancelled, it is ended after the step it is in.
-
-        `wait_s` goes before what the configuration says about waiting for a place and for room to grow.
-        """
-        id, config = TurnId(next(self._ids)), self._config
-        turn = self._turns[id] = PendingTurn(
-            agent_id=agent_id,
-            request=request,
-            emit=emit,
-            arrived_at=time.monotonic(),
-            wait_s=config.turn_wait_s if wait_s is None else wait_s,
-            growth_wait_s=config.growth_wait_s if wait_s is None else wait_s,
-            result=self._loop.create_future(),
-        )
-        try:
-            self.dispatch(events.TurnRequested(id, agent_id))
-            if turn.began_at is None and turn.wait_s is not None:
-                self._set_deadline(id, turn, turn.wait_s)
-            return await turn.result
-        except asyncio.CancelledError:
-            self.dispatch(events.TurnAbandoned(id))
-            raise
-        finally:
-            turn.stop.set()
-            self._set_deadline(id, turn, None)
-            del self._turns[id]
-
-    def _set_deadline(self, id: TurnId, turn: PendingTurn, wait_s: float | None) -> None:
-        if turn.deadline is not None:
-            turn.deadline.cancel()
-        expired = events.TurnExpired(id)
-        turn.deadline = None if wait_s is None else self._loop.call_later(wait_s, self.dispatch, expired)
-
-    def expires_in_s(self, id: TurnId) -> float | None:
-        """How long a waiting turn will go on waiting."""
-        turn = self._turns.get(id)
-        return turn.deadline.when() - self._loop.time() if turn is not None and turn.deadline is not None else None
-
     async def read_device(self) -> None:
         """Ask the device what is free now, off the loop, and tell the policy."""
         reading = await self._in(self._io_threads, self._read_device)
@@ -148,7 +106,7 @@ class Executive:
             todo = self._state.handle(*happened, at=time.monotonic())
         except Exception as bug:
             log.exception("the state machine failed on %r", happened)
-            self._give_up(_own(bug))
+            self._give_up(own(bug))
             raise
         for action in todo:
             log.debug("%s -> %s", happened, action)
@@ -156,11 +114,20 @@ class Executive:
         if self._state.ledger.revision != revision:
             self._log_ledger(happened)
             self._on_change()
+        if self._next_progress is None and self._state.rotation.waiting():
+            least, most = _PROGRESS_S
+            period_s = min(most, max(least, self._config.min_turn_ms / 4000))
+            self._next_progress = self._loop.call_later(period_s, self._progress)
+
+    def _progress(self) -> None:
+        self._next_progress = None
+        if self._state.rotation.waiting():
+            self.dispatch(events.TurnsProgressed(self._engine.progress()))
 
     def _give_up(self, bug: ConductorError) -> None:
         """The policy is broken: whoever waits would wait for ever."""
-        turns = (turn.result for turn in self._turns.values())
-        for future in (*self._answers.values(), *turns):
+        self.turns.give_up(bug)
+        for future in self._answers.values():
             if not future.done():
                 future.set_exception(bug)
 
@@ -179,6 +146,8 @@ class Executive:
                 self._fail(request, error)
             case actions.AnswerUnregister(request):
                 self._answer(request, None)
+            case actions.AnswerCancel(request, turns):
+                self._answer(request, turns)
             case actions.AnswerReserve(request, reservation):
                 self._answer(request, reservation)
             case actions.AnswerRelease(request, released):
@@ -187,24 +156,34 @@ class Executive:
                 self._spawn(self._load(plan))
             case actions.UnloadModel(model_id):
                 self._spawn(self._unload(model_id))
-            case actions.OpenContext() as opening:
-                self._spawn(self._open(opening))
-            case actions.CloseContext(agent_id, to):
-                self._spawn(self._close(agent_id, to))
+            case actions.OpenPool() as opening:
+                self._spawn(self._open_pool(opening))
+            case actions.ClosePool(pool_id):
+                self._spawn(self._close_pool(pool_id))
+            case actions.TakeSeat(agent_id, pool_id):
+                self._spawn(self._take_seat(agent_id, pool_id))
+            case actions.LeaveSeat(agent_id, to):
+                self._spawn(self._leave_seat(agent_id, to))
             case actions.MoveKv(agent_id):
                 log.info("moving the KV of %s to disk", agent_id)
                 self._spawn(self._move_kv(agent_id))
+            case actions.CopyKv() as copy:
+                self._spawn(self._copy_kv(copy))
+            case actions.AnswerFork(request, tokens):
+                self._answer(request, tokens)
             case actions.DropKv(agent_id):
                 log.info("dropped the KV of %s: it will be recomputed from its tokens", agent_id)
                 self._engine.drop_kv(agent_id)
             case actions.RunTurn() as run:
-                self._spawn(self._run(run))
-            case actions.StopTurn(turn_id):
-                if (turn := self._turns.get(turn_id)) is not None:
-                    turn.stop.set()
+                self._spawn(self.turns.run(run))
+            case actions.PauseTurn(_, agent_id):
+                self._engine.pause_turn(agent_id)
+            case actions.StopTurn(_, agent_id, reason):
+                self._engine.stop_turn(agent_id, reason)
+            case actions.EndTurn() as end:
+                self.turns.end(end)
             case actions.FailTurn(turn_id, error):
-                if (turn := self._turns.get(turn_id)) is not None and not turn.result.done():
-                    turn.result.set_exception(self._with_text(error))
+                self.turns.fail(turn_id, error)
             case actions.DropTurn(agent_id):
                 self._engine.drop_turn(agent_id)
             case actions.Forget(agent_id):
@@ -212,13 +191,6 @@ class Executive:
                 self._engine.forget(agent_id)
             case _:
                 assert_never(action)
-
-    def _with_text(self, error: ConductorError) -> ConductorError:
-        """A turn that could not go on tells what it had made."""
-        if not isinstance(error, WindowRefused):
-            return error
-        text = self._engine.suspended_text(error.agent_id)
-        return WindowRefused(error.agent_id, error.window, error.needed_tokens, error.refusal, text)
 
     def _answer(self, request: RequestId, value: object) -> None:
         if (future := self._answers.get(request)) is not None and not future.done():
@@ -249,7 +221,7 @@ class Executive:
         try:
             event = events.ModelLoaded(plan.id, await self._in(self._io_threads, self._engine.load, plan))
         except Exception as error:
-            event = events.ModelLoadFailed(plan.id, _own(error))
+            event = events.ModelLoadFailed(plan.id, own(error))
         self.dispatch(event)
 
     async def _unload(self, model_id: ModelId) -> None:
@@ -259,23 +231,47 @@ class Executive:
             log.error("unloading a model", exc_info=error)
         await self._gave_back(events.ModelUnloaded(model_id))
 
-    async def _open(self, opening: actions.OpenContext) -> None:
-        agent_id = opening.agent_id
+    async def _open_pool(self, opening: actions.OpenPool) -> None:
         event: events.Event
         try:
-            opened = await self._in(self._turn_threads, self._engine.open_context, agent_id, opening.model_id, opening.context)
-            event = events.ContextOpened(agent_id, opened.context_bytes, opened.restored_bytes)
+            event = events.PoolOpened(opening.pool_id, await self._in(self._pool_threads, self._make_pool, opening))
         except Exception as error:
-            event = events.ContextOpenFailed(agent_id, _own(error))
+            event = events.PoolOpenFailed(opening.pool_id, own(error))
         self.dispatch(event)
 
-    async def _close(self, agent_id: AgentId, to: KvPlace) -> None:
-        closed = Closed(KvPlace.TOKENS, 0)
+    def _make_pool(self, opening: actions.OpenPool) -> int | None:
+        return self._engine.open_pool(opening.pool_id, opening.model_id, opening.context, for_agent=opening.agent_id)
+
+    async def _close_pool(self, pool_id: PoolId) -> None:
         try:
-            closed = await self._in(self._turn_threads, lambda: self._engine.close_context(agent_id, to=to))
-        except Exception as error:  # the context is freed all the same, and the tokens are kept
-            log.error("closing the context of %s", agent_id, exc_info=error)
-        await self._gave_back(events.ContextClosed(agent_id, closed.place, closed.saved_bytes))
+            await self._in(self._pool_threads, self._engine.close_pool, pool_id)
+        except Exception as error:  # whoever waits for the bytes must not wait for ever
+            log.error("closing %s", pool_id, exc_info=error)
+        await self._gave_back(events.PoolClosed(pool_id))
+
+    async def _take_seat(self, agent_id: AgentId, pool_id: PoolId) -> None:
+        event: events.Event
+        try:
+            event = events.SeatTaken(agent_id, await asyncio.wrap_future(self._engine.take_seat(agent_id, pool_id)))
+        except Exception as error:
+            event = events.SeatNotTaken(agent_id, own(error))
+        self.dispatch(event)
+
+    async def _leave_seat(self, agent_id: AgentId, to: KvPlace) -> None:
+        left = Closed(KvPlace.TOKENS, 0)
+        try:
+            left = await asyncio.wrap_future(self._engine.leave_seat(agent_id, to=to))
+        except Exception as error:  # the seat is free all the same, and the tokens are kept
+            log.error("saving the KV of %s", agent_id, exc_info=error)
+        self.dispatch(events.SeatLeft(agent_id, left.place, left.saved_bytes))
+
+    async def _copy_kv(self, copy: actions.CopyKv) -> None:
+        copied = Closed(KvPlace.TOKENS, 0)
+        try:
+            copied = await asyncio.wrap_future(self._engine.copy_kv(copy.source, copy.new, to=copy.to))
+        except Exception as error:  # the clone is computed again from its tokens
+            log.error("copying the KV of %s for %s", copy.source, copy.new, exc_info=error)
+        self.dispatch(events.KvCopied(copy.turn_id, self._engine.tokens(copy.new), copied.place, copied.saved_bytes))
 
     async def _gave_back(self, event: events.Event) -> None:
         """Memory that the device does not say is free is not: what did not come back lowers the cap before it is given away."""
@@ -295,69 +291,3 @@ class Executive:
             log.error("moving the KV of %s to disk", agent_id, exc_info=error)
             self._engine.drop_kv(agent_id)
         self.dispatch(events.KvMoved(agent_id, moved.place, moved.elapsed_s))
-
-    async def _run(self, run: actions.RunTurn) -> None:
-        turn = self._turns.get(run.turn_id)
-        if turn is None:  # its caller went away between the plan and now
-            self._engine.drop_turn(run.agent_id)
-            self.dispatch(self._finished(run))
-            return
-        self._set_deadline(run.turn_id, turn, None)
-        turn.began_at = turn.began_at or time.monotonic()
-        outcome: TurnOutcome | Outgrown | ConductorError
-        try:
-            outcome = await self._in(self._turn_threads, self._engine.run_turn, self._order(run, turn))
-        except Exception as error:
-            outcome = _own(error)
-        if isinstance(outcome, Outgrown):
-            self._outgrew(run, turn, outcome)
-            return
-        self.dispatch(self._finished(run, outcome if isinstance(outcome, TurnOutcome) else None))
-        if turn.result.done():
-            return
-        if isinstance(outcome, ConductorError):
-            turn.result.set_exception(outcome)
-        else:
-            turn.result.set_result(turn.told(run, outcome, time.monotonic()))
-
-    def _order(self, run: actions.RunTurn, turn: PendingTurn) -> TurnOrder:
-        return TurnOrder(
-            agent_id=run.agent_id,
-            request=turn.request,
-            window=self._state.agents[run.agent_id].spec.context.window,
-            room=run.room,
-            context_shift=self._shifts(run.agent_id, turn.request),
-            stopped=turn.stop.is_set,
-            emit=turn.emit,
-            chunk_interval_s=self._config.stream_interval_ms / 1000,
-        )
-
-    def _finished(self, run: actions.RunTurn, outcome: TurnOutcome | None = None) -> events.TurnFinished:
-        return events.TurnFinished(
-            run.turn_id,
-            self._engine.tokens(run.agent_id),
-            self._engine.state_bytes(run.agent_id),
-            outcome.prefill_s_per_token if outcome else None,
-        )
-
-    def _outgrew(self, run: actions.RunTurn, turn: PendingTurn, outgrown: Outgrown) -> None:
-        tokens = self._engine.tokens(run.agent_id)
-        event = events.TurnOutgrew(
-            run.turn_id, tokens, self._engine.state_bytes(run.agent_id), outgrown.required_tokens, outgrown.desired_tokens
-        )
-        log.info("%s outgrew its window of %d tokens", run.agent_id, run.room)
-        self._set_deadline(run.turn_id, turn, turn.growth_wait_s)
-        self.dispatch(event)
-
-    def _shifts(self, agent_id: AgentId, request: DecodeRequest) -> bool:
-        if request.context_shift is not None:
-            return request.context_shift
-        return self._config.context_shift(self._state.agents[agent_id].spec.model.key)
-
-
-def _own(error: Exception) -> ConductorError:
-    """The error itself if it is one of ours; anything else is our bug, told as such."""
-    if isinstance(error, ConductorError):
-        return error
-    log.error("unexpected %r", error, exc_info=error)
-    return InternalError(f"{type(error).__name__}: {error}")

@@ -7,6 +7,7 @@ cover how actions are carried out (`executive`) or decided (`core.state`).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 import sys
 import time
@@ -17,23 +18,23 @@ from dataclasses import replace
 from typing import Any
 
 from conductor import requests
-from conductor.backend.catalog import Catalog
 from conductor.backend.device import cap_bytes, margins
 from conductor.backend.engine import Engine
+from conductor.chunk_stream import ChunkStream
 from conductor.config import Config
 from conductor.core import actions, events
-from conductor.core.estimate import KV_BLOCKS, Footprint, ModelPlan, first_rung, windows_ladder
-from conductor.core.events import AgentSpec, Rung
+from conductor.core.events import AgentSpec
 from conductor.core.ledger import OverCap
 from conductor.core.state import Rules, State
-from conductor.errors import ConfigError, ModelLoadFailed, ServiceFailed, UnknownAgent
+from conductor.errors import ConfigError, ServiceFailed, UnknownAgent
 from conductor.executive import Executive
+from conductor.quotes import Quotes
 from conductor.status import Picture
 from conductor.types import (
     Admission,
+    AgentId,
     AgentStatus,
     Chunk,
-    ContextSpec,
     DecodeResult,
     Kind,
     LedgerEntry,
@@ -80,7 +81,7 @@ class GpuConductor:
         self._io_threads = ThreadPoolExecutor(4, thread_name_prefix="load")
         self._estimate_thread = ThreadPoolExecutor(1, thread_name_prefix="estimate")
         self._engine = await self._loop.run_in_executor(self._io_threads, Engine, self.config)
-        self._catalog = Catalog(self.config)
+        self._quotes = Quotes(self.config, self._engine)
         config, device = self.config, self._engine.device
         self._state = State(
             _rules(config),
@@ -117,7 +118,6 @@ class GpuConductor:
         await self.start()
         self._closed = True
         self._watch.cancel()
-        self._executive.stop_turns()
         self._executive.dispatch(events.Closing(_closed()))
         await self._executive.idle()
         self._executive.close()
@@ -144,31 +144,61 @@ class GpuConductor:
         id, patience = requests.agent_id(agent_id), requests.wait_s(wait_s)
         asked = None if window is None else requests.window(window)
         rank, promised = requests.priority(priority), requests.service_class(service_class)
-        plan = await self._plan(requests.text("model", model))
-        context = self.config.context_spec(plan.key, asked or self.config.window(plan.key, plan.geometry.trained_window))
-        _check_kv_type(plan, context)
-        took = await self._loop.run_in_executor(self._estimate_thread, self._estimate, plan, context)
-        ladder = tuple(Rung(window, footprint.context_bytes) for window, footprint in took.items())
-        plan = replace(plan, weights_bytes=took[context.window].weights_bytes)
-        spec = AgentSpec(id, plan, context, ladder, promised, rank, owner)
+        key = requests.text("model", model)
+        plan = await self._loop.run_in_executor(self._io_threads, self._quotes.plan, key)
+        unpriced = AgentSpec(id, plan, self._quotes.context(plan, asked), (), promised, rank, owner)
+        spec = await self._loop.run_in_executor(self._estimate_thread, self._quotes.priced, unpriced)
         await self._executive.read_device()
         if owner in self._dead_owners:  # its death was told when there was nothing of it to give back yet
             raise UnknownAgent(id)
         admitted = await self._admit(spec, patience)
+        return self._admission(admitted, arrived_at)
+
+    def _admission(self, admitted: actions.Admit, arrived_at: float) -> Admission:
+        spec = admitted.agent
         return Admission(
-            agent_id=id,
-            model=plan.key,
-            window=context.window,
-            service_class=promised,
-            priority=rank,
+            agent_id=spec.id,
+            model=spec.model.key,
+            window=spec.context.window,
+            service_class=spec.service_class,
+            priority=spec.priority,
             weights_bytes=admitted.weights_bytes,
-            first_window=context.window if promised is ServiceClass.GUARANTEED else ladder[0].window,
+            first_window=spec.ladder[-1 if spec.service_class is ServiceClass.GUARANTEED else 0].window,
             context_bytes=admitted.context_bytes,
             charged_bytes=admitted.charged_bytes,
             model_loaded=admitted.model_loaded,
             waited_s=time.monotonic() - arrived_at,
-            warnings=self._warnings(spec, took[context.window].kv_bytes),
+            warnings=(*self._quotes.warnings(spec), *self._picture.window_warnings(spec)),
         )
+
+    async def fork(self, agent_id: str, new_id: str, *, wait_s: float = 0, owner: OwnerId | None = None) -> Admission:
+        """Admit an agent whose conversation begins where another's is, after the turns asked for so far; nothing is read again.
+
+        It gets the model, the window, the class and the priority of the other. Raises what `register` raises, UnknownAgent, and
+        WindowRefused.
+        """
+        await self.start()
+        arrived_at = time.monotonic()
+        source, id, patience = requests.agent_id(agent_id), requests.agent_id(new_id), requests.wait_s(wait_s)
+        if source not in self._state.agents:
+            raise UnknownAgent(source)
+        agent = self._state.agents[source]
+        spec = replace(agent.spec, id=id, owner=owner, ladder=agent.spec.ladder[agent.rung :])
+        await self._executive.read_device()
+        admitted = await self._admit(spec, patience)
+        request = self._executive.request()
+        try:
+            await self._executive.ask(request, events.ForkRequested(request, self._executive.turns.id(), source, id))
+        except BaseException:
+            await self._give_up_fork(id)
+            raise
+        return self._admission(admitted, arrived_at)
+
+    async def _give_up_fork(self, id: AgentId) -> None:
+        """Nobody hears of the clone: let it go."""
+        request = self._executive.request()
+        with contextlib.suppress(UnknownAgent):
+            await asyncio.shield(self._executive.ask(request, events.UnregisterRequested(request, id)))
 
     async def _admit(self, spec: AgentSpec, patience: float) -> actions.Admit:
         """Ask for admission, for as long as the caller is willing to wait for room."""
@@ -185,22 +215,6 @@ class GpuConductor:
         finally:
             if deadline is not None:
                 deadline.cancel()
-
-    def _estimate(self, plan: ModelPlan, context: ContextSpec) -> dict[int, Footprint]:
-        """What the model takes with a context of each size that it grows through."""
-        first = first_rung(plan.geometry, self.config.first_window(plan.key, context.window), context.window)
-        windows = windows_ladder(first, context.window)
-        took = self._engine.estimator.ladder(plan, context, windows, at_most=self.cap_bytes)
-        return {
-            window: self._engine.priced(plan.geometry, replace(context, window=window), footprint)
-            for window, footprint in zip(windows, took, strict=True)
-        }
-
-    def _warnings(self, spec: AgentSpec, kv_bytes: int) -> tuple[str, ...]:
-        return (*_warnings(spec, kv_bytes, self.config.host_budget), *self._picture.window_warnings(spec))
-
-    async def _plan(self, model: str) -> ModelPlan:
-        return await self._loop.run_in_executor(self._io_threads, self._catalog.plan, model, self._engine.device.kind)
 
     async def unregister(self, agent_id: str) -> None:
         """Let an agent go; when this returns, its bytes are back, and its model's if it was the last. Raises UnknownAgent."""
@@ -224,41 +238,55 @@ class GpuConductor:
         reset: bool = False,
         context_shift: bool | None = None,
         wait_s: float | None = None,
+        timeout_s: float | None = None,
     ) -> DecodeResult:
         """One turn. Raises InvalidRequest, UnknownAgent, WindowFull, WindowRefused, TurnTimedOut, TurnQueueFull, ModelError,
         DecodeFailed, TurnCancelled.
 
-        `wait_s`: how long it may wait for its place, and for room if its window must grow; None: as configured.
+        `wait_s`: how long it may wait for its seat, and for room if its window must grow; None: as configured. `timeout_s`: how
+        long the whole turn may take; then it ends with what it made, and `finish_reason` is timeout.
         """
         patience = None if wait_s is None else requests.wait_s(wait_s)
+        limit = None if timeout_s is None else requests.timeout_s(timeout_s)
         request = requests.decode_request(
             prompt, messages=messages, max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
             min_p=min_p, seed=seed, stop=stop, reset=reset, context_shift=context_shift,
         )  # fmt: skip
         await self.start()
-        return await self._executive.turn(requests.agent_id(agent_id), request, emit=None, wait_s=patience)
+        return await self._executive.turns.turn(requests.agent_id(agent_id), request, wait_s=patience, timeout_s=limit)
 
     async def stream(self, agent_id: str, prompt: str | None = None, **options: Any) -> AsyncIterator[Chunk | DecodeResult]:
-        """`decode` with its text as it is made: chunks, and the result last. Leaving the iteration ends the turn."""
+        """`decode` with its text as it is made: chunks, and the result last. Leaving the iteration ends the turn.
+
+        A reader that falls some chunks behind holds its own turn up, and nobody else's.
+        """
         options = {**(GpuConductor.decode.__kwdefaults__ or {}), **options}
-        wait_s = options.pop("wait_s")
+        wait_s, timeout_s = options.pop("wait_s"), options.pop("timeout_s")
         patience = None if wait_s is None else requests.wait_s(wait_s)
-        request = requests.decode_request(prompt, **options)
+        limit = None if timeout_s is None else requests.timeout_s(timeout_s)
+        request, id = requests.decode_request(prompt, **options), requests.agent_id(agent_id)
         await self.start()
-        queue: asyncio.Queue[Chunk | None] = asyncio.Queue()
-
-        def emit(chunk: Chunk) -> None:
-            self._loop.call_soon_threadsafe(queue.put_nowait, chunk)
-
-        id = requests.agent_id(agent_id)
-        turn = asyncio.create_task(self._executive.turn(id, request, emit=emit, wait_s=patience))
-        turn.add_done_callback(lambda _: queue.put_nowait(None))
+        reader = ChunkStream()
+        doing = self._executive.turns.turn(id, request, reader=reader, wait_s=patience, timeout_s=limit)
+        turn = asyncio.create_task(doing)
+        turn.add_done_callback(lambda _: reader.close())
         try:
-            while (chunk := await queue.get()) is not None:
+            async for chunk in reader:
                 yield chunk
             yield turn.result()
         finally:
             turn.cancel()
+
+    async def cancel(self, agent_id: str) -> int:
+        """End the agent's turns, running and waiting, with what they made; returns how many. Raises UnknownAgent.
+
+        One that has made nothing raises TurnCancelled where it was asked for.
+        """
+        await self.start()
+        request = self._executive.request()
+        event = events.TurnsCancelled(request, requests.agent_id(agent_id))
+        turns: int = await self._executive.ask(request, event)
+        return turns
 
     async def reserve(self, holder: str, bytes: int, *, owner: OwnerId | None = None) -> ReservationId:
         """Book device memory for anything that is no agent. Raises InvalidRequest, AdmissionRefused."""
@@ -338,6 +366,7 @@ def _closed() -> ServiceFailed:
 def _rules(config: Config) -> Rules:
     return Rules(
         live_contexts=config.live_contexts,
+        min_turn_s=config.min_turn_ms / 1000,
         waitlist_limit=config.waitlist_limit,
         turn_queue_limit=config.turn_queue_limit,
         host_bytes=config.host_budget,
@@ -346,25 +375,3 @@ def _rules(config: Config) -> Rules:
         idle_shrink_s=config.idle_shrink_s,
         idle_ttl_s=config.idle_ttl_s,
     )
-
-
-def _check_kv_type(plan: ModelPlan, context: ContextSpec) -> None:
-    """What llama.cpp would refuse only when the context is made, after the agent was admitted."""
-    block, _ = KV_BLOCKS[context.kv_type]
-    for size in (plan.geometry.head_dim_k, plan.geometry.head_dim_v):
-        if size % block:
-            problem = f"its head size of {size} cannot be cut into the blocks of {block} that {context.kv_type} has"
-            raise ModelLoadFailed(plan.path, problem)
-
-
-def _warnings(spec: AgentSpec, kv_bytes: int, host_budget: int) -> tuple[str, ...]:
-    warnings = []
-    window, trained, key = spec.context.window, spec.model.geometry.trained_window, spec.model.key
-    if window > trained:
-        warnings.append(f"{window} tokens are more than the {trained} that {key} was trained with; expect worse answers")
-    if kv_bytes > host_budget and spec.service_class is not ServiceClass.GUARANTEED:
-        warnings.append(
-            f"a full window has {format_bytes(kv_bytes)} of KV, host_budget is {format_bytes(host_budget)}: what does not "
-            "fit there is recomputed when the agent comes back, slower and with other rounding"
-        )
-    return tuple(warnings)

@@ -45,6 +45,10 @@ def wait_s(value: object) -> float:
     return _number("wait_s", value, at_least=0, at_most=MAX_WAIT_S)
 
 
+def timeout_s(value: object) -> float:
+    return _number("timeout_s", value, at_least=0, at_most=MAX_WAIT_S)
+
+
 def bytes_(value: object) -> int:
     return _integer("bytes", value, at_least=1, at_most=MAX_BYTES)
 

@@ -18,6 +18,8 @@ from conductor.types import (
     MirrorState,
     MirrorStatus,
     ModelStatus,
+    PoolId,
+    PoolStatus,
     ServiceClass,
     Status,
     WaitingStatus,
@@ -42,7 +44,8 @@ class Picture:
                 ledger.overdrawn_bytes, device.chosen,
             ),
             ledger=LedgerStatus(ledger.cap_bytes, ledger.allocated_bytes, ledger.snapshot()),
-            live_contexts=state.rotation.live_contexts,
+            live_contexts=state.schedule.live_contexts,
+            pools=self.pools(),
             models=self.models(),
             agents=self.agents(),
             waiting=self.waiting(),
@@ -69,6 +72,27 @@ class Picture:
             for id, model in state.models.items()
         )
 
+    def pools(self) -> tuple[PoolStatus, ...]:
+        state = self._state
+        seated: dict[PoolId, list[Agent]] = {id: [] for id in state.pools}
+        for agent in state.agents.values():
+            if agent.seat is not None:
+                seated[agent.seat.pool].append(agent)
+        return tuple(
+            PoolStatus(
+                id=id,
+                model=state.models[pool.model_id].plan.key,
+                owner=pool.owner,
+                window=pool.context.window,
+                slots=pool.context.slots,
+                seated=len(seated[id]),
+                running=sum(agent.phase is Phase.BUSY for agent in seated[id]),
+                bytes=state.ledger.size(pool.reservation),
+                phase=pool.phase.value,
+            )
+            for id, pool in state.pools.items()
+        )
+
     def agents(self) -> tuple[AgentStatus, ...]:
         """In the order of their admission."""
         now = time.monotonic()
@@ -79,7 +103,7 @@ class Picture:
                 model=agent.spec.model.key,
                 service_class=agent.service_class,
                 window=agent.spec.context.window,
-                window_in_use=agent.live.window if agent.live else agent.window_in_use,
+                window_in_use=agent.window_in_use,
                 tokens=agent.tokens,
                 kv=agent.place,
                 priority=agent.spec.priority,
@@ -87,6 +111,7 @@ class Picture:
                 saved_bytes=self._state.kv_books.saved_bytes(agent),
                 busy=agent.phase is Phase.BUSY,
                 turns=agent.turns,
+                served_tokens=agent.served,
                 idle_s=0.0 if agent.id in taking_turns else now - agent.idle_since,
             )
             for agent in self._state.agents.values()
@@ -126,10 +151,10 @@ class Picture:
             agent_id=agent.id,
             model=agent.spec.model.key,
             position=position,
-            reason=self._state.rotation.reason(turn),
+            reason=self._state.schedule.reason(turn),
             priority=agent.spec.priority,
             waited_s=now - turn.arrived_at,
-            expires_in_s=self._executive.expires_in_s(turn.id),
+            expires_in_s=self._executive.turns.expires_in_s(turn.id),
             requested_bytes=agent.context_bytes,
         )
 

@@ -18,6 +18,8 @@ ModelKey = NewType("ModelKey", str)
 #: What makes two names the same model: the file itself, not its path.
 ModelId = NewType("ModelId", str)
 ReservationId = NewType("ReservationId", str)
+#: A live context: of a model's shared and best-effort agents together, or of one guaranteed agent.
+PoolId = NewType("PoolId", str)
 #: Identity of the process that an agent or a reservation dies with (Ray's worker id).
 OwnerId = NewType("OwnerId", str)
 
@@ -103,6 +105,7 @@ class FinishReason(str, enum.Enum):
     LENGTH = "length"  #: `max_tokens` were made
     WINDOW = "window"  #: the agent's window is full
     CANCELLED = "cancelled"  #: the caller went away or asked for the end
+    TIMEOUT = "timeout"  #: the time that its caller gave it was up
 
 
 class MirrorState(str, enum.Enum):
@@ -185,17 +188,20 @@ class DecodeResult(Record):
     tokens: tuple[int, ...]  #: the generated token ids, the end-of-turn token included
     prompt_tokens: int  #: tokens of the prompt that had to be decoded
     prompt_tokens_reused: int  #: tokens of the prompt that the session held already
+    prefix_tokens_reused: int  #: tokens of the prompt that another agent had read: a shared beginning, copied instead
     generated_tokens: int
     stopped_on_eos: bool
     finish_reason: FinishReason
     seed: int
     elapsed_ms: float  #: from the call's arrival to its last token
-    queue_ms: float  #: of it, waiting for a live context
-    time_to_first_token_ms: float
+    queue_ms: float  #: of it, waiting for a seat
+    time_to_first_token_ms: float  #: of a turn that made none, its whole time
+    longest_stall_ms: float  #: the longest time between two tokens while it ran: others' prompts are read in between
     kv_swap_evicted: AgentId | None  #: whose KV had to leave for this turn
     kv_swap_restored: bool  #: this agent's KV came back from host memory
     swap_bytes: int  #: moved both ways for this turn
-    window_growths: int  #: how often its context was made anew, larger, during this turn
+    window_growths: int  #: how often it outgrew its window
+    pauses: int  #: how often it stood still for others
     recomputed_tokens: int  #: decoded again because their KV was nowhere
 
 
@@ -250,19 +256,35 @@ class ModelStatus(Record):
 
 
 @dataclass(frozen=True, slots=True)
+class PoolStatus(Record):
+    """A live context and its seats."""
+
+    id: PoolId
+    model: ModelKey
+    owner: AgentId | None  #: the guaranteed agent whose own it is
+    window: int  #: tokens of each slot
+    slots: int
+    seated: int  #: agents whose KV is in it
+    running: int  #: turns
+    bytes: int  #: booked
+    phase: str  #: opening, ready, draining or closing
+
+
+@dataclass(frozen=True, slots=True)
 class AgentStatus(Record):
     id: AgentId
     model: ModelKey
     service_class: ServiceClass
     window: int  #: that it was admitted for
-    window_in_use: int  #: of its context: live, or the next time it is
+    window_in_use: int  #: that is booked for it now; it grows with the conversation
     tokens: int
     kv: KvPlace
     priority: int
-    context_bytes: int  #: of the window in use
+    context_bytes: int  #: of a pool of one slot with the window in use
     saved_bytes: int  #: of its KV, in host memory or on disk
     busy: bool
     turns: int
+    served_tokens: int  #: computed for it, in the account of fair shares
     idle_s: float  #: since its last turn ended, or it was admitted; 0 while one waits or runs
 
 
@@ -312,7 +334,8 @@ class Status(Record):
     version: str
     device: DeviceStatus
     ledger: LedgerStatus
-    live_contexts: int
+    live_contexts: int | None  #: the most pools at once; None: as many as there is room for
+    pools: tuple[PoolStatus, ...]
     models: tuple[ModelStatus, ...]
     agents: tuple[AgentStatus, ...]
     waiting: tuple[WaitingStatus, ...]
@@ -320,5 +343,5 @@ class Status(Record):
     mirror: MirrorStatus
     llama_cpp: str
     estimates: str  #: how bytes are known before a model is loaded
-    threads: int  #: of the CPU, for each context
+    threads: int  #: of the CPU, in all
     uptime_s: float

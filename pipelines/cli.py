@@ -45,8 +45,9 @@ ClassOption = Annotated[
     typer.Option("--class", help="What is promised: the whole window on the device, a turn with weights that stay, or a turn."),
 ]
 TurnWaitOption = Annotated[
-    float | None, typer.Option("--wait", help="Seconds it may wait for its place, and for room to grow (default: as configured).")
+    float | None, typer.Option("--wait", help="Seconds it may wait for its seat, and for room to grow (default: as configured).")
 ]
+TimeoutOption = Annotated[float | None, typer.Option("--timeout", help="Seconds after which it ends with what it made.")]
 WaitOption = Annotated[float, typer.Option("--wait", help="Seconds to wait for room before being refused.")]
 MaxTokensOption = Annotated[int, typer.Option(help="The most tokens to make.")]
 TemperatureOption = Annotated[float, typer.Option(help="0 is greedy.")]
@@ -216,6 +217,7 @@ def decode(
         bool | None, typer.Option("--context-shift/--no-context-shift", help="At the window's end forget the oldest half.")
     ] = None,
     wait: TurnWaitOption = None,
+    timeout: TimeoutOption = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -229,12 +231,24 @@ def decode(
         options: dict[str, Any] = {
             "max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
             "seed": seed, "stop": stop or (), "reset": reset, "context_shift": context_shift, "wait_s": wait,
+            "timeout_s": timeout,
         }  # fmt: skip
         if as_json:
             print_json(_get(conductor.decode.remote(agent_id, **what, **options)).to_json())
         else:
             result = _print_stream(actors.stream(conductor, agent_id, **what, **options))
             err.print(tables.cost(result), style="dim", markup=False)
+
+
+@app.command()
+def cancel(agent_id: str, config: ConfigOption = None) -> None:
+    """End an agent's turns, running and waiting, with what they made so far.
+
+    Example: conductor cancel ada
+    """
+    with _session(config) as conductor:
+        turns = _get(conductor.cancel.remote(agent_id))
+        out.print(f"{turns} turn{'' if turns == 1 else 's'} of {agent_id} ended", markup=False)
 
 
 def _standard_input() -> str:

@@ -17,6 +17,7 @@ from conductor.types import (
     Kind,
     LedgerStatus,
     MirrorStatus,
+    PoolStatus,
     Reservation,
     Status,
     WaitingStatus,
@@ -43,12 +44,14 @@ def status(status: Status) -> RenderableType:
         (device.name, "bold"),
         f" ({device.kind.value}; {device.chosen})\n",
         f"{total} in all, {free} free, {others} held by others{drift}; ",
-        f"live contexts: {status.live_contexts}; waiting: {len(status.waiting)}\n",
+        f"waiting: {len(status.waiting)}\n",
         f"saved KV: {_saved_kv(status.host_memory)}",
     )
     parts: list[RenderableType] = [lines, bar(status.ledger), reservations(status.ledger.reservations)]
     if status.models:
         parts.append(models(status))
+    if status.pools:
+        parts.append(pools(status.pools))
     if status.agents:
         parts.append(agents(status.agents))
     if status.waiting:
@@ -95,6 +98,16 @@ def models(status: Status) -> Table:
     for m in status.models:
         error = "–" if m.estimate_error is None else f"{m.estimate_error:+.2%}"
         _add(table, m.key, m.state.value, str(m.agents), format_bytes(m.bytes), error, m.path)
+    return table
+
+
+def pools(items: Iterable[PoolStatus]) -> Table:
+    table = _table("pools", "model", "of", "slots", "seated", "running", "window", "bytes", "")
+    for p in items:
+        _add(
+            table, p.model, p.owner or "all", str(p.slots), str(p.seated), str(p.running), f"{p.window:,}", format_bytes(p.bytes),
+            p.phase,
+        )  # fmt: skip
     return table
 
 
@@ -146,6 +159,8 @@ def cost(result: DecodeResult) -> str:
     swap = f"; evicted {result.kv_swap_evicted}" if result.kv_swap_evicted else ""
     swap += "; restored" if result.kv_swap_restored else ""
     swap += "; window grew" if result.window_growths else ""
+    swap += f"; {result.prefix_tokens_reused} tokens shared" if result.prefix_tokens_reused else ""
+    swap += f"; stood still {result.pauses}×" if result.pauses else ""
     return (
         f"{result.prompt_tokens} prompt + {result.generated_tokens} made ({result.finish_reason.value}), "
         f"first after {result.time_to_first_token_ms:.0f} ms{rate}{swap}"
@@ -187,7 +202,8 @@ def mirror(status: MirrorStatus) -> RenderableType:
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="dim")
     right = {"bytes", "window", "tokens", "weights", "context", "turns", "priority", "prompt", "made", "first token",
-             "all", "moved", "added to the ledger", "in use", "begins with", "saved", "position", "since", ""}  # fmt: skip
+             "all", "moved", "added to the ledger", "in use", "begins with", "saved", "position", "since",
+             "slots", "seated", "running", ""}  # fmt: skip
     for column in columns:
         table.add_column(column, justify="right" if column in right else "left", overflow="fold")
     return table

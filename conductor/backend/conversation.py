@@ -6,10 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from conductor.backend.chat_template import Piece
-from conductor.backend.llama import Context, Model
+from conductor.backend.llama import Model
+from conductor.backend.llama import Sequence as Slot
 from conductor.backend.template_child import TemplateChild
 from conductor.errors import ChatTemplateFailed, InvalidRequest
 from conductor.types import DecodeRequest, Message
+
+_COMPARED = 1024  #: tokens of a block in `common_prefix`
 
 
 @dataclass(slots=True)
@@ -39,37 +42,40 @@ class Conversation:
         """The cache holds the first `n_tokens` now and nothing else."""
         self.held = self.valid = n_tokens
 
-    def rewind(self, context: Context, n_tokens: int) -> None:
+    def rewind(self, slot: Slot, n_tokens: int) -> None:
         """Let the cache hold no more than the first `n_tokens`; where the architecture cannot, nothing."""
         self.valid = min(self.valid, n_tokens)
-        self.trim(context)
+        self.trim(slot)
 
-    def trim(self, context: Context) -> None:
+    def trim(self, slot: Slot) -> None:
         """Let the cache hold no more than what is the conversation's; where the architecture cannot, nothing."""
         cached = self.cached
         if self.held > cached:
-            self.held = cached if context.truncate(cached) else 0
+            self.held = cached if slot.truncate(cached) else 0
 
-    def drop(self, context: Context, first: int, count: int) -> None:
+    def drop(self, slot: Slot, first: int, count: int) -> None:
         """Forget `count` tokens from `first` on, by moving the cache if the architecture can."""
-        if context.can_shift and self.cached >= first + count:
-            context.shift(first, first + count)
+        if self.cached >= first + count and slot.shift(first, first + count):
             self.has_decoded(self.cached - count)
         else:
-            self.rewind(context, first)
-        del self.tokens[first : first + count]
+            self.rewind(slot, first)
+        self.tokens = self.tokens[:first] + self.tokens[first + count :]  # a turn may keep the list as it was before
+
+    def copy(self) -> Conversation:
+        """The same tokens, whose KV is nowhere yet."""
+        return Conversation(list(self.tokens), partial=self.partial)
 
 
-def first_to_drop(context: Context) -> int:
+def first_to_drop(model: Model) -> int:
     """A context shift keeps the token that begins every text of the model, if it has one."""
-    return 1 if context.model.adds_bos else 0
+    return 1 if model.adds_bos else 0
 
 
 class Prompter:
     """Turns requests into the tokens that a model is to continue. One for each model."""
 
     def __init__(self, model: Model) -> None:
-        self._model = model
+        self.model = model
         self._template: TemplateChild | None = None
 
     def target(self, conversation: Conversation, request: DecodeRequest) -> list[int]:
@@ -81,7 +87,7 @@ class Prompter:
             if not held:
                 raise InvalidRequest("prompt", "there is no conversation to continue: give a prompt or messages")
             return list(held)
-        added = self._model.tokenize(request.prompt, add_special=not held, parse_special=True)
+        added = self.model.tokenize(request.prompt, add_special=not held, parse_special=True)
         if not held and not added:
             raise InvalidRequest("prompt", "it is empty, and so is the conversation")
         return held + added
@@ -89,7 +95,7 @@ class Prompter:
     def history(self, conversation: Conversation, request: DecodeRequest, target: Sequence[int]) -> int:
         """How many tokens of the target, from its start, are not new with this request: a context shift may drop of them."""
         if request.messages is not None:
-            newest = self._model.tokenize(request.messages[-1].content, add_special=False, parse_special=False)
+            newest = self.model.tokenize(request.messages[-1].content, add_special=False, parse_special=False)
             return max(0, len(target) - len(newest))
         return 0 if request.reset else len(conversation.tokens)
 
@@ -102,16 +108,16 @@ class Prompter:
         pieces = self._compiled().render(messages)
         tokens: list[int] = []
         for i, piece in enumerate(pieces):
-            tokens += self._model.tokenize(piece.text, add_special=i == 0 and self._wants_bos(piece), parse_special=piece.special)
+            tokens += self.model.tokenize(piece.text, add_special=i == 0 and self._wants_bos(piece), parse_special=piece.special)
         return tokens
 
     def _wants_bos(self, first: Piece) -> bool:
         """Whether the tokenizer is to add what the template did not write itself."""
-        return self._model.adds_bos and not (self._model.bos and first.text.startswith(self._model.bos))
+        return self.model.adds_bos and not (self.model.bos and first.text.startswith(self.model.bos))
 
     def _compiled(self) -> TemplateChild:
         if self._template is None:
-            model = self._model
+            model = self.model
             if not model.chat_template:
                 raise ChatTemplateFailed(model.name, "the file has none, so messages cannot be rendered: use prompt")
             self._template = TemplateChild(
@@ -121,8 +127,10 @@ class Prompter:
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens both begin with."""
-    for i, (x, y) in enumerate(zip(a, b, strict=False)):
-        if x != y:
-            return i
-    return min(len(a), len(b))
+    """How many tokens both begin with. Blocks are compared whole: a long session has a hundred thousand."""
+    length = min(len(a), len(b))
+    for start in range(0, length, _COMPARED):
+        end = min(start + _COMPARED, length)
+        if a[start:end] != b[start:end]:
+            return next(i for i in range(start, end) if a[i] != b[i])
+    return length

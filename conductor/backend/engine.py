@@ -1,50 +1,40 @@
-"""llama.cpp behind the names that the shell uses: models by id, contexts and conversations by agent.
+"""llama.cpp behind the names that the shell uses: models by id, contexts as pools, conversations and turns by agent.
 
-Methods block and are called from worker threads; the shell sees to it that one context, one conversation and one model's load
-or unload are never in two threads at once. Some take no time and may be called from the shell's own thread: what tells
-something, `drop_kv`, `forget`, and `drop_turn`, which alone may come while the agent's context opens or closes.
+What blocks (`load`, `unload`, `open_pool`, `close_pool`, `move_kv`) is called from worker threads; the shell sees to it that
+one model's load and unload, and one pool's opening and closing, are never in two threads at once. All else takes no time and
+may be called from the shell's own thread: what takes time is done in the pools' threads, and answered in futures.
+
+See also: `models`, `pools`, `seats`, `turns`, whose methods these are.
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
-from pathlib import Path
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 
 import psutil
 
-from conductor.backend.catalog import pinned
-from conductor.backend.conversation import Conversation, Prompter
 from conductor.backend.device import Device, margins, open_device
 from conductor.backend.estimator import Estimator
 from conductor.backend.kv_disk import KvDisk
-from conductor.backend.kv_seal import Label
-from conductor.backend.kv_store import Blob, KvStore
-from conductor.backend.llama import Context, Llama, LlamaError, Model
+from conductor.backend.kv_store import KvStore
+from conductor.backend.llama import Llama
+from conductor.backend.models import Models, priced, temporary_bytes
+from conductor.backend.pools import Pools
 from conductor.backend.saved_kv import SavedKv
-from conductor.backend.turn import Outgrown, TurnOrder, TurnOutcome, TurnRun
+from conductor.backend.seats import Closed, Seats
+from conductor.backend.turn import TurnEnd, TurnOrder, TurnOutcome
+from conductor.backend.turns import Turns
 from conductor.config import Config
 from conductor.core.estimate import Footprint, Geometry, ModelPlan
-from conductor.core.pool import MOST_MULTIPROCESSORS, on_gpu, pool_bytes
-from conductor.errors import ConfigError, DecodeFailed, ModelLoadFailed
-from conductor.types import AgentId, ContextSpec, DeviceKind, HostMemoryStatus, KvPlace, ModelId
+from conductor.errors import ConfigError
+from conductor.types import AgentId, ContextSpec, DeviceKind, FinishReason, HostMemoryStatus, KvPlace, ModelId, PoolId
 
-#: to ask a loaded model what its weights take
-_SMALLEST = ContextSpec(window=256, n_batch=1, n_ubatch=1)
+__all__ = ["Closed", "Engine", "Moved"]
 
-
-@dataclass(frozen=True, slots=True)
-class Opened:
-    """`context_bytes` is None where this llama.cpp does not tell."""
-
-    context_bytes: int | None
-    restored_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class Closed:
-    place: KvPlace
-    saved_bytes: int
+#: Prompts are rendered and tokenised, and saved KV copied, in so many threads at most.
+_THREADS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,52 +43,31 @@ class Moved:
     elapsed_s: float
 
 
-@dataclass(slots=True)
-class _Loaded:
-    model: Model
-    prompter: Prompter
-    geometry: Geometry
-    weights_bytes: int
-
-
-@dataclass(slots=True)
-class _Live:
-    context: Context
-    prompter: Prompter
-    bytes: int
-    pool_bytes: int  #: that it may take on a GPU beside those
-    model_id: ModelId
-    spec: ContextSpec
-    state_bytes: int = 0
-
-    def label(self, conversation: Conversation) -> Label:
-        """What a saved KV must be labelled with to be this context's."""
-        spec = self.spec
-        return Label(self.model_id, spec.kv_type, spec.flash_attention, spec.slots, conversation.held)
-
-
 class Engine:
     """Start it once in a process: it takes the device, and page-locked host memory on CUDA."""
 
     def __init__(self, config: Config) -> None:
-        self._llama = Llama.instance()
+        llama = self._llama = Llama.instance()
         self.threads = config.threads or _physical_cores()
-        self._index = config.device.index
-        self._models: dict[ModelId, _Loaded] = {}
-        self._live: dict[AgentId, _Live] = {}
-        self._conversations: dict[AgentId, Conversation] = {}
-        #: turns that stand still for want of room
-        self._standing: dict[AgentId, TurnRun] = {}
+        self._models = Models(llama, index=config.device.index)
+        self._pools = Pools(
+            threads=self.threads,
+            threads_each=config.threads_per_context or self.threads,
+            max_stall_s=config.max_stall_ms / 1000,
+        )
         self.estimator = Estimator(index=config.device.index)
         self.device: Device = open_device(
             config.device,
-            llama_supports_gpu=self._llama.supports_gpu,
+            llama_supports_gpu=llama.supports_gpu,
             used_bytes=self.used_bytes,
             margin_bytes=self._margin_bytes,
         )
         self.overhead_bytes = self._touch_device()
-        arena, pinned = self._llama.pinned(config.host_budget)
+        arena, pinned = llama.pinned(config.host_budget)
         self._saved = SavedKv(KvStore(arena, pinned=pinned, disk=_disk(config)))
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="prompt")
+        self._seats = Seats(self._saved, self._threads)
+        self._turns = Turns(self._threads)
 
     def _touch_device(self) -> int:
         """Bytes that the process takes on a GPU before it holds any model: the CUDA context and its libraries."""
@@ -109,200 +78,141 @@ class Engine:
         self.device.claim(taken)
         return taken
 
+    def close(self) -> None:
+        self._threads.shutdown()
+        self._models.close()
+        self.estimator.close()
+        self._saved.close()
+
+    # --- what it is and takes ---------------------------------------------------------------------------------------
+
     @property
     def version(self) -> str:
         return self._llama.version
 
     def used_bytes(self) -> int:
         """What models and contexts hold on the device, by llama.cpp's own account."""
-        return sum(m.weights_bytes for m in list(self._models.values())) + sum(c.bytes for c in list(self._live.values()))
+        return self._models.weights_bytes + self._pools.used_bytes
 
     def _margin_bytes(self) -> int:
-        """What may be held beyond that account: kernels that are loaded late, and the contexts' pools."""
-        once = sum(bytes for _, bytes in margins(self.device.kind))
-        return once + sum(live.pool_bytes for live in list(self._live.values()))
+        """What may be held beyond that account: kernels that are loaded late, and the contexts' temporary buffers."""
+        return sum(bytes for _, bytes in margins(self.device.kind)) + self._pools.temporary_bytes
 
     def pool_bytes(self, geometry: Geometry, spec: ContextSpec) -> int:
         """What a context takes on a GPU beside what llama.cpp accounts for."""
-        if self.device.kind is DeviceKind.HOST:
-            return 0
-        return pool_bytes(geometry, spec, multiprocessors=self.device.multiprocessors or MOST_MULTIPROCESSORS)
+        return temporary_bytes(self.device, geometry, spec)
 
     def priced(self, geometry: Geometry, spec: ContextSpec, took: Footprint) -> Footprint:
-        """By llama.cpp's account, as it is booked: with what the driver rounds up, and with the context's pool."""
-        rounded = self._rounded(took, geometry)
-        return replace(rounded, compute_bytes=rounded.compute_bytes + self.pool_bytes(geometry, spec))
+        """By llama.cpp's account, as it is booked: with what the driver rounds up, and with the context's own pool."""
+        return priced(self.device, geometry, spec, took)
 
-    def _rounded(self, took: Footprint, geometry: Geometry) -> Footprint:
-        """As a GPU's driver hands it out."""
-        return took if self.device.kind is DeviceKind.HOST else on_gpu(took, geometry)
+    def host_memory(self) -> HostMemoryStatus:
+        return self._saved.status()
 
-    def close(self) -> None:
-        for loaded in self._models.values():
-            loaded.prompter.close()
-        self.estimator.close()
-        self._saved.close()
-
-    # --- models -----------------------------------------------------------------------------------------------------
+    # --- models and pools -------------------------------------------------------------------------------------------
 
     def load(self, plan: ModelPlan) -> int:
         """Load the weights; returns what they really take. Raises ModelLoadFailed."""
-        with self.device.moving():
-            model, measured = self._load(plan)
-            weights = self._rounded(measured, plan.geometry).weights_bytes if measured else plan.weights_bytes
-            self._models[plan.id] = _Loaded(model, Prompter(model), plan.geometry, weights)
-        return weights
-
-    def _load(self, plan: ModelPlan) -> tuple[Model, Footprint | None]:
-        try:
-            with pinned(plan) as path:  # loaded again after it was parked, or only now, much later
-                model = self._llama.load(path, self.device.kind, index=self._index, name=Path(plan.path).name)
-        except LlamaError as error:
-            raise ModelLoadFailed(plan.path, str(error)) from error
-        try:
-            return model, model.footprint(_SMALLEST)
-        except LlamaError as error:
-            model.close()
-            raise ModelLoadFailed(plan.path, f"no context can be made for it: {error}") from error
+        return self._models.load(plan, self.device)
 
     def unload(self, model_id: ModelId) -> None:
-        with self.device.moving():
-            loaded = self._models.pop(model_id)
-            loaded.prompter.close()
-            loaded.model.close()
+        self._models.unload(model_id, self.device)
 
-    # --- contexts ---------------------------------------------------------------------------------------------------
+    def open_pool(self, pool_id: PoolId, model_id: ModelId, spec: ContextSpec, *, for_agent: AgentId) -> int | None:
+        """Make a context with `spec.slots` seats and start its thread. Raises DecodeFailed.
 
-    def open_context(self, agent_id: AgentId, model_id: ModelId, spec: ContextSpec) -> Opened:
-        """Make the agent's context and restore its KV if it was saved. Raises DecodeFailed, with a saved KV kept."""
-        live, measured = self._make_live(agent_id, model_id, spec)
-        context = live.context
-        conversation = self._conversations.setdefault(agent_id, Conversation())
-        try:
-            restored = self._saved.restore(agent_id, context, live.label(conversation))
-        except BaseException:  # nobody knows what the context holds now
-            conversation.held = 0
-            self._free(agent_id)
-            raise
-        live.state_bytes = restored
-        if not restored:
-            conversation.held = 0
-        if conversation.given_up:
-            conversation.given_up = False
-            self._saved.count_dropped()
-        return Opened(measured, restored)
+        Returns what it takes in bytes, None where this llama.cpp does not tell.
+        """
+        return self._pools.open(pool_id, model_id, self._models[model_id], spec, self.device, for_agent=for_agent)
 
-    def _make_live(self, agent_id: AgentId, model_id: ModelId, spec: ContextSpec) -> tuple[_Live, int | None]:
-        """A new context, and what it takes with its pool; None where this llama.cpp does not tell."""
-        loaded = self._models[model_id]
-        with self.device.moving():
-            try:
-                context = loaded.model.context(spec, n_threads=self.threads)
-            except LlamaError as error:
-                raise DecodeFailed(agent_id, f"its context could not be made: {error}") from error
-            took = context.footprint()
-            taken = self._rounded(took, loaded.geometry).context_bytes if took else 0
-            pool = self.pool_bytes(loaded.geometry, spec)
-            live = self._live[agent_id] = _Live(context, loaded.prompter, taken, pool, model_id, spec)
-        return live, taken + pool if took else None
+    def close_pool(self, pool_id: PoolId) -> None:
+        """End the thread and free the context. Raises InternalError if somebody has a seat in it."""
+        self._pools.close(pool_id, self.device)
 
-    def _free(self, agent_id: AgentId) -> None:
-        with self.device.moving():
-            self._live.pop(agent_id).context.close()
+    # --- seats and saved KV -----------------------------------------------------------------------------------------
 
-    def close_context(self, agent_id: AgentId, *, to: KvPlace) -> Closed:
-        """Free the agent's context, its KV saved to host memory or disk if there is room; TOKENS drops it."""
-        live, conversation = self._live[agent_id], self._conversations[agent_id]
-        blob = None
-        try:
-            if to is KvPlace.TOKENS:
-                conversation.given_up = conversation.cached > 0
-            else:
-                blob = self._save(agent_id, live, conversation, to)
-        finally:
-            self._free(agent_id)
-            if blob is None:
-                conversation.held = 0
-        return Closed(KvPlace.TOKENS, 0) if blob is None else Closed(blob.place, blob.bytes)
+    def take_seat(self, agent_id: AgentId, pool_id: PoolId) -> Future[int]:
+        """A free slot, and the agent's saved KV in it. Bytes restored; 0 for a new conversation, or one to be recomputed.
 
-    def _save(self, agent_id: AgentId, live: _Live, conversation: Conversation, to: KvPlace) -> Blob | None:
-        conversation.trim(live.context)
-        if not conversation.cached:
-            return None
-        return self._saved.save(agent_id, live.context, live.label(conversation), to=to)
+        Where the future raises, what was saved is kept.
+        """
+        return self._seats.take(agent_id, self._pools[pool_id])
+
+    def leave_seat(self, agent_id: AgentId, *, to: KvPlace) -> Future[Closed]:
+        """Free the agent's slot, its KV saved to host memory or disk if there is room; TOKENS drops it."""
+        return self._seats.leave(agent_id, to=to)
+
+    def copy_kv(self, source: AgentId, new: AgentId, *, to: KvPlace) -> Future[Closed]:
+        """`new` has the conversation of `source`, which is between two turns, from now on; its KV too if `to` is HOST."""
+        return self._seats.copy(source, new, to=to)
 
     def state_bytes(self, agent_id: AgentId) -> int:
-        """What the KV of a live context takes at most if it is saved before the next turn. Known, so it takes no time."""
-        live = self._live.get(agent_id)
-        return live.state_bytes if live else 0
+        """What the KV of a seated agent takes at most if it is saved before the next turn."""
+        return self._seats.state_bytes(agent_id)
 
     def move_kv(self, agent_id: AgentId) -> Moved:
         """Move the agent's saved KV from host memory to disk; where that fails it is dropped."""
         began_at = time.monotonic()
         if self._saved.move_to_disk(agent_id):
             return Moved(KvPlace.DISK, time.monotonic() - began_at)
-        self._conversations[agent_id].held = 0
+        self._seats.lost_kv(agent_id)
         return Moved(KvPlace.TOKENS, 0.0)
 
     def drop_kv(self, agent_id: AgentId) -> None:
         """Forget the agent's saved KV, at once."""
         self._saved.drop(agent_id)
-        self._conversations[agent_id].held = 0
-
-    def host_memory(self) -> HostMemoryStatus:
-        return self._saved.status()
+        self._seats.lost_kv(agent_id)
 
     # --- turns ------------------------------------------------------------------------------------------------------
 
-    def run_turn(self, order: TurnOrder) -> TurnOutcome | Outgrown:
-        """Begin a turn, or go on with the one that stands still. Raises what `TurnRun.go_on` does, and DecodeFailed."""
-        agent_id = order.agent_id
-        live, conversation = self._live[agent_id], self._conversations[agent_id]
-        run, result = self._turn_of(order, conversation), None
-        try:
-            result = run.go_on(live.context, live.prompter, order)
-        except LlamaError as error:
-            # What llama.cpp holds after a failed step is not certain: keep the tokens, drop the cache.
-            live.context.clear()
-            conversation.held = 0
-            raise DecodeFailed(agent_id, str(error)) from error
-        finally:
-            if isinstance(result, Outgrown):
-                self._standing[agent_id] = run
-            else:
-                run.close()
-            live.state_bytes = live.context.state_bytes() if conversation.cached else 0
-        return result
+    def run_turn(self, order: TurnOrder) -> Future[TurnEnd]:
+        """Begin a turn, or go on with the one that stands still, in the agent's seat; it joins the pool's next step.
 
-    def _turn_of(self, order: TurnOrder, conversation: Conversation) -> TurnRun:
-        run = self._standing.get(order.agent_id)
-        if run is not None and run.request is order.request:
-            return self._standing.pop(order.agent_id)
-        self.drop_turn(order.agent_id)  # if there was one: with another begun, it goes on no more
-        return TurnRun(conversation, order.request)
+        The future raises InvalidRequest, ChatTemplateFailed, WindowFull, TurnCancelled, DecodeFailed, or what `emit` raised.
+        """
+        taken = self._seats.of(order.agent_id)
+        return self._turns.run(order, taken.pool.pool, taken.seat, taken.pool.loaded.prompter)
+
+    def stop_turn(self, agent_id: AgentId, reason: FinishReason) -> None:
+        """The running turn ends after the step it is in; before its first token, with TurnCancelled."""
+        self._turns.stop(agent_id, reason)
+
+    def pause_turn(self, agent_id: AgentId) -> None:
+        """The running turn stands still after the step it is in, whole, and goes on with the next order for its request."""
+        self._turns.pause(agent_id)
+
+    def hold_turn(self, agent_id: AgentId, held: bool) -> None:
+        """A held turn keeps its seat and takes part in no step until it is released."""
+        self._turns.hold(agent_id, held)
+
+    def end_turn(self, agent_id: AgentId, reason: FinishReason) -> TurnOutcome | None:
+        """A turn that stands still ends with what it made. None if that is nothing: the session is as it was before.
+
+        Raises what handing on the last of its text raises; it is ended all the same.
+        """
+        return self._turns.end(agent_id, reason)
 
     def drop_turn(self, agent_id: AgentId) -> int:
-        """A turn that stands still goes on no more: the session is as it was before. Returns its tokens. Takes no time."""
-        run = self._standing.pop(agent_id, None)
-        if run is not None:
-            run.take_back()
-            run.close()
+        """A turn that stands still goes on no more: the session is as it was before. Returns its tokens."""
+        self._turns.drop(agent_id)
         return self.tokens(agent_id)
 
     def suspended_text(self, agent_id: AgentId) -> str:
         """What the agent's turn had made when it had to stand still."""
-        run = self._standing.get(agent_id)
-        return run.text if run else ""
+        return self._turns.suspended_text(agent_id)
+
+    def progress(self) -> dict[AgentId, int]:
+        """What each running turn has decoded so far, of prompt and answer together, in tokens."""
+        return self._turns.progress()
 
     def tokens(self, agent_id: AgentId) -> int:
         """How many tokens the agent's conversation holds."""
-        conversation = self._conversations.get(agent_id)
-        return len(conversation.tokens) if conversation else 0
+        return self._seats.tokens(agent_id)
 
     def forget(self, agent_id: AgentId) -> None:
         """Drop the agent's conversation, its turn if one stands still, and its saved KV."""
-        self.drop_turn(agent_id)
-        self._conversations.pop(agent_id, None)
+        self._turns.drop(agent_id)
+        self._seats.forget(agent_id)
         self._saved.forget(agent_id)
 
 

@@ -39,12 +39,15 @@ class Estimator:
         return self.ladder(plan, spec, [spec.window], at_most=at_most)[0]
 
     def ladder(self, plan: ModelPlan, spec: ContextSpec, windows: Sequence[int], *, at_most: int) -> tuple[Footprint, ...]:
-        """What the same context takes with each of `windows`. The model is laid out once; a window costs milliseconds.
+        """What the same context takes with each of `windows`; as `estimates`."""
+        return self.estimates(plan, [replace(spec, window=window) for window in windows], at_most=at_most)
+
+    def estimates(self, plan: ModelPlan, specs: Sequence[ContextSpec], *, at_most: int) -> tuple[Footprint, ...]:
+        """What each of these contexts takes. The model is laid out once; a context costs milliseconds.
 
         What exceeds `at_most` by its weights and KV alone, which the formula knows exactly, is not run at all: llama.cpp
         need not see absurd windows. Raises BadModelFile, ModelLoadFailed.
         """
-        specs = [replace(spec, window=window) for window in windows]
         if why := next(filter(None, map(refusal, specs)), None):
             raise ModelLoadFailed(plan.path, why)
         sane = [spec for spec in specs if plan.weights_bytes + cache_bytes(plan.geometry, spec, device=plan.device) <= at_most]

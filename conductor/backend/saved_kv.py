@@ -1,6 +1,6 @@
-"""The KV of agents that have no context: whose is where, and what became of those that could not be kept.
+"""The KV of agents that have no seat: whose is where, and what became of those that could not be kept.
 
-Covers the way from a live context into the store and back. Where the bytes lie and how they are checked is `kv_store`'s,
+Covers the way from a slot into the store and back. Where the bytes lie and how they are checked is `kv_store`'s,
 what a lost cache means for a session is `conversation`'s. Every method is about one agent; those of different agents may
 run at the same time.
 """
@@ -11,9 +11,11 @@ import logging
 import threading
 from collections import Counter
 
+import numpy as np
+
 from conductor.backend.kv_seal import DamagedBlob, Label
 from conductor.backend.kv_store import Blob, KvStore
-from conductor.backend.llama import Context, LlamaError
+from conductor.backend.llama import ByteArray, LlamaError, Sequence
 from conductor.types import AgentId, HostMemoryStatus, KvPlace
 
 log = logging.getLogger("conductor")
@@ -49,10 +51,10 @@ class SavedKv:
         with self._fates_lock:
             self._fates[fate] += 1
 
-    def save(self, agent_id: AgentId, context: Context, label: Label, *, to: KvPlace) -> Blob | None:
-        """Copy the context's KV; None if there is no room for it or llama.cpp would not give it."""
+    def save(self, agent_id: AgentId, sequence: Sequence, label: Label, *, to: KvPlace) -> Blob | None:
+        """Copy the sequence's KV; None if there is no room for it or llama.cpp would not give it."""
         try:
-            blob = self._store.write(context.state_bytes(), label, context.save, to=to)
+            blob = self._store.write(sequence.state_bytes(), label, sequence.save, to=to)
         except LlamaError as error:
             log.warning("the KV of %s could not be saved: %s", agent_id, error)
             blob = None
@@ -62,21 +64,40 @@ class SavedKv:
             self._blobs[agent_id] = blob
         return blob
 
-    def restore(self, agent_id: AgentId, context: Context, label: Label) -> int:
-        """Bring the agent's KV back, and free its place. Returns its bytes; 0 if there is none that can be used."""
-        blob = self._blobs.pop(agent_id, None)
+    def restore(self, agent_id: AgentId, sequence: Sequence, label: Label) -> int:
+        """Bring the agent's KV back, and free its place. Returns its bytes; 0 if there is none that can be used.
+
+        It stays where it is if anything unforeseen is raised.
+        """
+        blob = self._blobs.get(agent_id)
         if blob is None:
             return 0
+        restored = 0
         try:
-            if self._store.read(blob, label, context.restore):
-                return blob.bytes
-            self.count_dropped()
+            if self._store.read(blob, label, sequence.restore):
+                restored = blob.bytes
+            else:
+                self.count_dropped()
         except DamagedBlob as damage:
             log.warning("the saved KV of %s is not used: %s", agent_id, damage)
             self._count("damaged")
-        finally:
-            self._store.free(blob)
-        return 0
+        self.forget(agent_id)
+        return restored
+
+    def copy(self, source: AgentId, new: AgentId) -> Blob | None:
+        """The same KV for another agent, in host memory. None if there is none, no room for it, or it is damaged."""
+        blob = self._blobs.get(source)
+        if blob is None:
+            return None
+        try:
+            payload: ByteArray = self._store.read(blob, blob.label, np.copy)
+            copy = self._store.write(payload.nbytes, blob.label, lambda place: np.copyto(place, payload))
+        except (DamagedBlob, MemoryError) as error:
+            log.warning("the saved KV of %s is not copied: %s", source, error)
+            return None
+        if copy is not None:
+            self._blobs[new] = copy
+        return copy
 
     def move_to_disk(self, agent_id: AgentId) -> bool:
         """False if the disk would not have it; then it is gone."""

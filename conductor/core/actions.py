@@ -8,7 +8,7 @@ from typing import TypeAlias
 from conductor.core.estimate import ModelPlan
 from conductor.core.events import AgentSpec, RequestId, TurnId
 from conductor.errors import ConductorError
-from conductor.types import AgentId, ContextSpec, KvPlace, ModelId, ReservationId
+from conductor.types import AgentId, ContextSpec, FinishReason, KvPlace, ModelId, PoolId, ReservationId
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,17 +40,33 @@ class Refuse:
 
 
 @dataclass(frozen=True, slots=True)
-class OpenContext:
-    """Create the agent's context and restore its KV if host memory has it."""
+class OpenPool:
+    """Make a live context with slots."""
 
-    agent_id: AgentId
-    context: ContextSpec
+    pool_id: PoolId
     model_id: ModelId
+    context: ContextSpec
+    agent_id: AgentId  #: for whom
 
 
 @dataclass(frozen=True, slots=True)
-class CloseContext:
-    """Free the agent's context, its KV saved first if `to` is HOST or DISK; TOKENS drops it."""
+class ClosePool:
+    """Free a pool that nobody sits in."""
+
+    pool_id: PoolId
+
+
+@dataclass(frozen=True, slots=True)
+class TakeSeat:
+    """Give the agent a slot of the pool and restore its KV if it is saved."""
+
+    agent_id: AgentId
+    pool_id: PoolId
+
+
+@dataclass(frozen=True, slots=True)
+class LeaveSeat:
+    """Free the agent's slot, its KV saved first if `to` is HOST or DISK; TOKENS drops it."""
 
     agent_id: AgentId
     to: KvPlace
@@ -64,6 +80,22 @@ class MoveKv:
 
 
 @dataclass(frozen=True, slots=True)
+class CopyKv:
+    """Clone the conversation of `source` for `new`, its KV to host memory if `to` is HOST; KvCopied tells how it went."""
+
+    turn_id: TurnId
+    source: AgentId
+    new: AgentId
+    to: KvPlace
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerFork:
+    request_id: RequestId
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class DropKv:
     """Forget an agent's saved KV, at once: it will be recomputed from the tokens."""
 
@@ -72,15 +104,24 @@ class DropKv:
 
 @dataclass(frozen=True, slots=True)
 class RunTurn:
-    """Begin the turn, or go on with it after it outgrew its context."""
+    """Begin the turn, or go on with it after it stood still."""
 
     turn_id: TurnId
     agent_id: AgentId
-    room: int  #: tokens that the live context holds
+    room: int  #: tokens that the slot holds
     evicted: AgentId | None
     restored: bool
     swap_bytes: int
     growths: int
+    pauses: int
+
+
+@dataclass(frozen=True, slots=True)
+class PauseTurn:
+    """Ask the running turn to stand still after the step it is in."""
+
+    turn_id: TurnId
+    agent_id: AgentId
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +129,17 @@ class StopTurn:
     """Ask the running turn to end after the step it is in."""
 
     turn_id: TurnId
+    agent_id: AgentId
+    reason: FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class EndTurn:
+    """End a turn that does not run, at once, with what it made so far, if it began."""
+
+    turn_id: TurnId
+    agent_id: AgentId
+    reason: FinishReason
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +150,7 @@ class FailTurn:
 
 @dataclass(frozen=True, slots=True)
 class DropTurn:
-    """A turn that had stopped for want of room goes on no more, at once: the session is as it was before the turn."""
+    """A turn that stood still goes on no more, at once: the session is as it was before the turn."""
 
     agent_id: AgentId
 
@@ -113,6 +165,12 @@ class Forget:
 @dataclass(frozen=True, slots=True)
 class AnswerUnregister:
     request_id: RequestId
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerCancel:
+    request_id: RequestId
+    turns: int  #: that end
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +192,7 @@ class FailRequest:
 
 
 Action: TypeAlias = (
-    LoadModel | UnloadModel | Admit | Refuse | OpenContext | CloseContext | MoveKv | DropKv | RunTurn | StopTurn
-    | FailTurn | DropTurn | Forget
-    | AnswerUnregister | AnswerReserve | AnswerRelease | FailRequest
+    LoadModel | UnloadModel | Admit | Refuse | OpenPool | ClosePool | TakeSeat | LeaveSeat | MoveKv | CopyKv | DropKv
+    | RunTurn | PauseTurn | StopTurn | EndTurn | FailTurn | DropTurn | Forget
+    | AnswerUnregister | AnswerCancel | AnswerFork | AnswerReserve | AnswerRelease | FailRequest
 )  # fmt: skip

@@ -4,7 +4,7 @@ Three kinds of lines. What is *fixed*: the process's overhead. What is *firm*: w
 other tasks' bytes. And one *room for turns*: a reservation of headroom that live contexts, and the weights of models
 that only best-effort agents use, take their bytes out of and return them to. It is never smaller than the promise
 (`admission.promise`), so a turn can always be had by waiting for others to end; while memory is free it may be larger,
-so that more than one context is live, and what is idle in it is given back as soon as somebody needs it.
+so that more than one pool is live, with more than one slot, and what is lent of it is given back as soon as somebody needs it.
 """
 
 from __future__ import annotations
@@ -17,18 +17,21 @@ from conductor.core.admission import Decision, Promise, Room, Tenant
 from conductor.core.estimate import ModelPlan
 from conductor.core.events import AgentSpec, Rung
 from conductor.core.ledger import Ledger, OverCap
+from conductor.core.pools import Pool, PoolPhase
 from conductor.core.residency import Model
-from conductor.core.sessions import Agent, LiveContext, Phase
+from conductor.core.sessions import Agent, Phase
 from conductor.errors import InternalError
-from conductor.types import AgentId, ContextSpec, Kind, ModelId, ModelState, OwnerId, ReservationId, ServiceClass
+from conductor.types import AgentId, ContextSpec, Kind, ModelId, ModelState, OwnerId, PoolId, ReservationId, ServiceClass
 
 
 class Books:
     """Who is in is the caller's knowledge (`agents`, `models`: shared and read only); what it costs is decided here."""
 
-    def __init__(self, ledger: Ledger, agents: Mapping[AgentId, Agent], models: Mapping[ModelId, Model]) -> None:
+    def __init__(
+        self, ledger: Ledger, agents: Mapping[AgentId, Agent], models: Mapping[ModelId, Model], pools: Mapping[PoolId, Pool]
+    ) -> None:
         self.ledger = ledger
-        self._agents, self._models = agents, models
+        self._agents, self._models, self._pools = agents, models, pools
         self._headroom = ledger.reserve("conductor", Kind.HEADROOM, 0)
         self._overhead: list[ReservationId] = []
         self.best_cap_bytes = ledger.cap_bytes
@@ -43,12 +46,15 @@ class Books:
     # --- prices and the promise ---------------------------------------------------------------------------------------
 
     def ladder(self, spec: AgentSpec) -> list[Rung]:
-        """The sizes of a newcomer's context at what they cost: measured where one like it ever was, else estimated."""
-        return [Rung(r.window, self._price(spec, r)) for r in spec.ladder]
+        """The sizes of a newcomer's pools at what they cost: measured where one like it ever was, else estimated."""
+        return [self._priced(spec, rung) for rung in spec.ladder]
 
-    def _price(self, spec: AgentSpec, rung: Rung) -> int:
-        context = replace(spec.context, window=rung.window)
-        return self._measured.get((spec.model.id, context), rung.context_bytes)
+    def _priced(self, spec: AgentSpec, rung: Rung) -> Rung:
+        def price(slots: int, estimated: int) -> int:
+            context = replace(spec.context, window=rung.window, slots=slots)
+            return self._measured.get((spec.model.id, context), estimated)
+
+        return Rung(rung.window, price(1, rung.context_bytes), tuple((n, price(n, bytes)) for n, bytes in rung.wider))
 
     def weights_bytes(self, plan: ModelPlan) -> int:
         """As booked, else as measured the last time, else as estimated."""
@@ -73,7 +79,8 @@ class Books:
 
     def _newcomer(self, spec: AgentSpec) -> Tenant:
         ladder = spec.ladder[-1:] if spec.service_class is ServiceClass.GUARANTEED else spec.ladder[:1]
-        return Tenant(spec.service_class, spec.model.id, self.weights_bytes(spec.model), self._price(spec, ladder[0]))
+        rung = self._priced(spec, ladder[0])
+        return Tenant(spec.service_class, spec.model.id, self.weights_bytes(spec.model), rung.context_bytes)
 
     # --- the device ---------------------------------------------------------------------------------------------------
 
@@ -121,10 +128,12 @@ class Books:
         return self.ledger.parts_bytes(self._headroom)
 
     def idle_bytes(self, *, kept: ModelId | None = None) -> int:
-        """Of what is in use, what is leaving or could leave without anybody's turn having to end; not the weights of `kept`."""
-        turning = [agent for agent in self._agents.values() if agent.live and not agent.guaranteed]
-        idle = [a.live.reservation for a in turning if a.live and a.phase in (Phase.READY, Phase.CLOSING)]
-        held = {agent.model_id for agent in turning if agent.phase in (Phase.OPENING, Phase.BUSY)}
+        """Of what is in use, what is leaving or could leave without anybody's turn standing still; not the weights of `kept`."""
+        turning = [pool for pool in self._pools.values() if pool.owner is None]
+        used = {a.seat.pool for a in self._agents.values() if a.seat and a.phase in (Phase.TAKING, Phase.BUSY)}
+        used |= {pool.id for pool in turning if pool.phase is PoolPhase.OPENING}
+        idle = [pool.reservation for pool in turning if pool.id not in used]
+        held = {pool.model_id for pool in turning if pool.id in used}
         idle += [
             model.reservation
             for id, model in self._models.items()
@@ -291,39 +300,44 @@ class Books:
         model.reservation, model.firm = None, False
         self._forget_promise()
 
-    # --- live contexts ------------------------------------------------------------------------------------------------
+    # --- pools --------------------------------------------------------------------------------------------------------
 
-    def take(self, agent: Agent) -> ReservationId:
-        """Hand the agent's context its bytes: its own if they are guaranteed, else out of the room for turns. Raises OverCap."""
+    def take(self, agent: Agent, bytes: int) -> ReservationId:
+        """Hand a pool its bytes: the agent's own if they are guaranteed, else out of the room for turns. Raises OverCap."""
         if agent.guarantee is not None:
-            return self.ledger.split(agent.guarantee, agent.id, Kind.CONTEXT, agent.context_bytes)
-        self._provide(agent.context_bytes)
-        return self.ledger.split(self._headroom, agent.id, Kind.CONTEXT, agent.context_bytes)
+            return self.ledger.split(agent.guarantee, agent.id, Kind.CONTEXT, bytes)
+        self._provide(bytes)
+        return self.ledger.split(self._headroom, agent.spec.model.key, Kind.CONTEXT, bytes)
 
-    def give_back(self, live: LiveContext) -> None:
-        self.ledger.join(live.reservation)
+    def give_back(self, pool: Pool) -> None:
+        self.ledger.join(pool.reservation)
 
     def _provide(self, bytes: int) -> None:
         """Let the room for turns have so many bytes that nobody uses. Raises OverCap."""
         if bytes > self.ledger.size(self._headroom):
             self.ledger.resize(self._headroom, bytes)
 
-    def correct(self, agent: Agent, live: LiveContext, measured: int) -> None:
-        """Book what the context really took and price the same parameters so from now on. Raises OverCap, unchanged."""
-        if agent.guarantee is not None:
-            self.ledger.resize(live.reservation, measured)
-            agent.ladder[-1] = Rung(live.window, measured)
+    def correct(self, pool: Pool, measured: int) -> None:
+        """Book what the pool really took and price the same parameters so from now on. Raises OverCap, unchanged.
+
+        Where more slots than one took too much, the price is kept: the next pool is made with fewer.
+        """
+        owner = self._agents.get(pool.owner) if pool.owner is not None else None
+        if owner is not None:
+            self.ledger.resize(pool.reservation, measured)
+            owner.ladder[-1] = Rung(pool.context.window, measured)
             self._forget_promise()
             return
-        before, fitted = self.ledger.size(live.reservation), self._promise_fits()
-        key = (agent.model_id, replace(agent.spec.context, window=live.window))
+        before, fitted = self.ledger.size(pool.reservation), self._promise_fits()
+        key = (pool.model_id, pool.context)
         self._reprice(key, measured)
         try:
             if self._promise_is_broken(fitted):
                 raise OverCap(measured - before, self.ledger.free_bytes)
-            live.reservation = self._correct_part(live.reservation, measured)
+            pool.reservation = self._correct_part(pool.reservation, measured)
         except OverCap:
-            self._reprice(key, before)
+            if pool.context.slots == 1:
+                self._reprice(key, before)
             raise
         self.keep_promise()
 
@@ -339,12 +353,12 @@ class Books:
         return self.ledger.split(self._headroom, before.holder, before.kind, measured)
 
     def _guaranteed_bytes(self, agent: Agent) -> int:
-        """Booked for the agent alone, its live context included."""
-        live = self.ledger.size(agent.live.reservation) if agent.live else 0
-        return (self.ledger.size(agent.guarantee) if agent.guarantee else 0) + live
+        """Booked for the agent alone, its pool included."""
+        pool = self._pools.get(agent.pool)
+        return (self.ledger.size(agent.guarantee) if agent.guarantee else 0) + (self.ledger.size(pool.reservation) if pool else 0)
 
     def _reprice(self, key: tuple[ModelId, ContextSpec], bytes: int) -> None:
-        """For everybody whose context has the same model and parameters, now and later; not for what is guaranteed already."""
+        """For everybody whose pool has the same model and parameters, now and later; not for what is guaranteed already."""
         self._measured[key] = bytes
         self._forget_promise()
         for agent in self._agents.values():

@@ -136,6 +136,11 @@ def windows_ladder(first: int, full: int) -> tuple[int, ...]:
     return (*windows, full)
 
 
+def slot_steps(most: int) -> tuple[int, ...]:
+    """The numbers of slots that a pool may have, up to `most`: by doubling, so that few shapes have to be known."""
+    return (*(step for step in (1 << n for n in range(most.bit_length())) if step < most), most)
+
+
 def refusal(spec: ContextSpec) -> str | None:
     """Why llama.cpp must not see these parameters: it would abort, or take another number for them. None if it may."""
     if spec.kv_type not in KV_BLOCKS:

@@ -89,12 +89,17 @@ class KvBooks:
 
     def _away(self, wanted: Set[AgentId]) -> list[Agent]:
         """Whose KV is in host memory and may leave it, or does, those away longest first."""
-        in_host = (a for a in self._agents.values() if a.saved and a.saved.place is KvPlace.HOST and a.live is None)
+        in_host = (a for a in self._agents.values() if a.saved and a.saved.place is KvPlace.HOST and not a.seat and not a.cloning)
         return sorted((a for a in in_host if a.moving_to or a.id not in wanted), key=_last_turn)
 
     def _returning(self) -> list[Agent]:
         """Whose KV leaves host memory for a context that is being opened."""
-        return [a for a in self._agents.values() if a.saved and a.saved.place is KvPlace.HOST and a.phase is Phase.OPENING]
+        return [a for a in self._agents.values() if a.saved and a.saved.place is KvPlace.HOST and a.phase is Phase.TAKING]
+
+    def book_copy(self, source: Agent, new: Agent) -> KvPlace:
+        """A place in host memory for a copy of the KV of `source`; TOKENS if there is none."""
+        bytes = self.saved_bytes(source) or source.state_bytes
+        return self._book(new, KvPlace.HOST, bytes) if 0 < bytes <= self.host.free_bytes else KvPlace.TOKENS
 
     def begin_move(self, agent: Agent) -> None:
         """Book the file; the bytes in host memory stay booked until it is written."""

@@ -6,17 +6,22 @@ agent. Does not cover who may come (`admission`, `state`) or whose turn it is (`
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from conductor.core import actions, events
 from conductor.core.admission import Decision
 from conductor.core.books import Books
 from conductor.core.kv_books import KvBooks
 from conductor.core.ledger import OverCap
+from conductor.core.pools import Pool, PoolPhase
 from conductor.core.refusals import Refusals
 from conductor.core.residency import Model
 from conductor.core.rotation import Rotation
+from conductor.core.schedule import Schedule
+from conductor.core.seating import Seating
 from conductor.core.sessions import Agent, Phase, Stage
 from conductor.errors import ConductorError, InternalError, RefusalCode, UnknownAgent
-from conductor.types import AgentId, ModelId, ModelState, ServiceClass
+from conductor.types import AgentId, ModelId, ModelState, PoolId, ServiceClass
 
 
 class Roster:
@@ -26,13 +31,17 @@ class Roster:
         self,
         agents: dict[AgentId, Agent],
         models: dict[ModelId, Model],
+        pools: Mapping[PoolId, Pool],
         books: Books,
         kv_books: KvBooks,
         rotation: Rotation,
+        seating: Seating,
+        schedule: Schedule,
         refusals: Refusals,
     ) -> None:
-        self._agents, self._models = agents, models
+        self._agents, self._models, self._pools = agents, models, pools
         self._books, self._kv_books, self._rotation, self._refusals = books, kv_books, rotation, refusals
+        self._seating, self._schedule = seating, schedule
 
     # --- coming -------------------------------------------------------------------------------------------------------
 
@@ -55,8 +64,8 @@ class Roster:
 
     def _settle_in(self, agent: Agent, at: float) -> list[actions.Action]:
         """The model is there, or need not be yet; what is guaranteed must be there before it is promised."""
-        if agent.guaranteed and agent.live is None:
-            return [self._rotation.contexts.open(agent, None)]
+        if agent.guaranteed and agent.seat is None:
+            return [self._seating.open_own(agent)]
         agent.stage, agent.idle_since = Stage.ADMITTED, at
         weights = self._books.weights_bytes(agent.spec.model)
         return [
@@ -114,24 +123,37 @@ class Roster:
             return []
         return [actions.AnswerUnregister(leaver) for leaver in model.leavers]
 
-    # --- contexts of guaranteed agents, which are made before they are admitted ----------------------------------------
+    # --- pools of guaranteed agents, which are made before they are admitted --------------------------------------------
 
-    def on_context_opened(self, event: events.ContextOpened, at: float) -> list[actions.Action]:
-        agent = self._agents[event.agent_id]
-        todo = self._rotation.on_context_opened(event, at)
-        if agent.stage is not Stage.LOADING:
+    def on_pool_opened(self, event: events.PoolOpened, at: float) -> list[actions.Action]:
+        todo = self._schedule.on_pool_opened(event, at)
+        pool = self._pools[event.pool_id]
+        agent = self._agents[pool.owner] if pool.owner is not None else None
+        if agent is None or agent.stage is not Stage.LOADING:
             return todo
-        if agent.phase is Phase.READY:
-            return todo + self._settle_in(agent, at)
+        if pool.phase is PoolPhase.READY:
+            return [*todo, self._seating.take(agent, None)]
         excess = self._refusals.of_bytes(RefusalCode.CAP, (event.context_bytes or 0) - agent.context_bytes, at)
         return [*todo, actions.Refuse(agent.registration, excess), *self.leave(agent)]
 
-    def on_context_open_failed(self, event: events.ContextOpenFailed, at: float) -> list[actions.Action]:
+    def on_pool_open_failed(self, event: events.PoolOpenFailed, at: float) -> list[actions.Action]:
+        owner = self._pools[event.pool_id].owner
+        return self._schedule.on_pool_open_failed(event, at) + self._turn_away(owner, event.error)
+
+    def on_seat_taken(self, event: events.SeatTaken, at: float) -> list[actions.Action]:
         agent = self._agents[event.agent_id]
-        todo = self._rotation.on_context_open_failed(event, at)
-        if agent.stage is Stage.LOADING:
-            todo += [actions.Refuse(agent.registration, event.error), *self.leave(agent)]
-        return todo
+        todo = self._seating.on_taken(event, at)
+        return todo + (self._settle_in(agent, at) if agent.stage is Stage.LOADING else [])
+
+    def on_seat_not_taken(self, event: events.SeatNotTaken, at: float) -> list[actions.Action]:
+        return self._schedule.on_seat_not_taken(event, at) + self._turn_away(event.agent_id, event.error)
+
+    def _turn_away(self, agent_id: AgentId | None, error: ConductorError) -> list[actions.Action]:
+        """What it was to be guaranteed cannot be made."""
+        agent = self._agents[agent_id] if agent_id is not None else None
+        if agent is None or agent.stage is not Stage.LOADING:
+            return []
+        return [actions.Refuse(agent.registration, error), *self.leave(agent)]
 
     # --- leaving ----------------------------------------------------------------------------------------------------
 
@@ -150,14 +172,24 @@ class Roster:
         return self._rotation.cancel_all(agent)
 
     def see_off(self) -> list[actions.Action]:
-        """Take the next step of every departure: close the context once its turn is over, then forget the agent."""
+        """Take the next step of every departure: the seat is left once its turn is over, the pool closed if it was the last
+        one's, then the agent is forgotten."""
         todo: list[actions.Action] = []
         for agent in [agent for agent in self._agents.values() if agent.stage is Stage.LEAVING]:
-            if agent.phase is Phase.READY or (agent.live and agent.live.awaits_host_room):
-                todo.append(self._rotation.contexts.drop(agent))
-            elif agent.live is None and agent.moving_to is None:
+            if agent.phase is Phase.READY or (agent.seat and agent.seat.awaits_host_room):
+                todo.append(self._seating.drop(agent))
+            elif agent.seat is None and not agent.in_motion and not self._pool_stays_open(agent):
                 todo += self._forget(agent)
         return todo
+
+    def _pool_stays_open(self, agent: Agent) -> bool:
+        """Close the pool of an agent that goes if nobody else uses it; True while it is there and nobody else does."""
+        pool = self._pools.get(agent.pool)
+        if pool is None or any(other.pool == agent.pool and other is not agent for other in self._agents.values()):
+            return False
+        if pool.phase is PoolPhase.READY:
+            self._seating.drain(pool, None)
+        return True
 
     def _forget(self, agent: Agent) -> list[actions.Action]:
         model = self._models[agent.model_id]
@@ -173,6 +205,8 @@ class Roster:
         del self._agents[agent.id]
         self._kv_books.drop(agent)
         self._books.dismiss(agent, model)
+        if not any(other.pool == agent.pool for other in self._agents.values()):
+            self._seating.forget(agent.pool)
         if not self.agents_of(agent.model_id) and model.state is ModelState.RESIDENT:
             return self._unload(model)
         return self._forget_model(model)

@@ -7,7 +7,7 @@ the shell's monotonic clock, in seconds.
 What is booked, and when:
 - a model's weights when its first guaranteed or shared agent is admitted, or when a best-effort agent's turn needs them;
 - a guaranteed agent's whole window at its admission, and its context is made before the admission is answered;
-- one turn of all others, which live contexts draw from (`books`); more while it is free;
+- one turn of all others, which live pools draw from (`books`); more while it is free;
 - other tasks' bytes through reserve and release.
 """
 
@@ -18,15 +18,19 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from conductor.core import actions, events
-from conductor.core.admission import Decision, Outcome
+from conductor.core.admission import Outcome
 from conductor.core.books import Books
 from conductor.core.events import AgentSpec, RequestId
+from conductor.core.forks import Forks
 from conductor.core.kv_books import KvBooks
 from conductor.core.ledger import Ledger
+from conductor.core.pools import Pool
 from conductor.core.refusals import Refusals
 from conductor.core.residency import Model
 from conductor.core.roster import Roster
 from conductor.core.rotation import Rotation
+from conductor.core.schedule import Schedule
+from conductor.core.seating import Seating
 from conductor.core.sessions import Agent, Stage
 from conductor.core.waitlist import Waitlist
 from conductor.errors import (
@@ -35,14 +39,15 @@ from conductor.errors import (
     UnknownAgent,
     UnknownReservation,
 )
-from conductor.types import AgentId, ModelId, ModelState, ReservationId
+from conductor.types import AgentId, ModelId, ModelState, PoolId, ReservationId
 
 
 @dataclass(frozen=True, slots=True)
 class Rules:
     """What the configuration says about the policy. Times in seconds; None is never."""
 
-    live_contexts: int = 1
+    live_contexts: int | None = 1
+    min_turn_s: float = 0.0
     waitlist_limit: int = 256
     turn_queue_limit: int = 1024
     host_bytes: int = 1 << 40
@@ -61,14 +66,26 @@ class State:
         self.agents: dict[AgentId, Agent] = {}
         self.models: dict[ModelId, Model] = {}
         self.waitlist = Waitlist(limit=rules.waitlist_limit, ageing_s=rules.ageing_s)
-        self.books = Books(self.ledger, self.agents, self.models)
+        self.pools: dict[PoolId, Pool] = {}
+        self.books = Books(self.ledger, self.agents, self.models, self.pools)
         self.kv_books = KvBooks(self.agents, self.models, host_bytes=rules.host_bytes, disk_bytes=rules.disk_bytes)
         self.refusals = Refusals(self.books, idle=self._idle_agents, idle_ttl_s=rules.idle_ttl_s)
         self.rotation = Rotation(
-            self.agents, self.models, self.books, self.kv_books, self.refusals,
-            live_contexts=rules.live_contexts, ageing_s=rules.ageing_s, queue_limit=rules.turn_queue_limit,
+            self.agents, self.models, self.books, self.refusals,
+            ageing_s=rules.ageing_s, queue_limit=rules.turn_queue_limit, min_turn_s=rules.min_turn_s,
         )  # fmt: skip
-        self.roster = Roster(self.agents, self.models, self.books, self.kv_books, self.rotation, self.refusals)
+        self.seating = Seating(
+            self.agents, self.rotation.turns, self.pools, self.books, self.kv_books, wanted=self.rotation.wanted
+        )
+        self.schedule = Schedule(
+            self.agents, self.models, self.pools, self.books, self.rotation, self.seating, self.refusals,
+            live_contexts=rules.live_contexts, min_turn_s=rules.min_turn_s,
+        )  # fmt: skip
+        self.forks = Forks(self.agents, self.books, self.kv_books, self.rotation, self.refusals)
+        self.roster = Roster(
+            self.agents, self.models, self.pools, self.books, self.kv_books, self.rotation, self.seating, self.schedule,
+            self.refusals,
+        )  # fmt: skip
         #: by the request that asked for it: to be given back if nobody receives the answer
         self._reserved: dict[RequestId, ReservationId] = {}
         #: registrations that came while their model is being unloaded or the last agent of that name leaves
@@ -84,14 +101,24 @@ class State:
             events.UnregisterRequested: self.roster.on_unregister,
             events.OwnerDied: self._on_owner_died,
             events.TurnRequested: self.rotation.on_turn,
-            events.TurnAbandoned: self.rotation.on_turn_abandoned,
-            events.TurnExpired: self.rotation.on_turn_expired,
-            events.TurnOutgrew: self.rotation.on_turn_outgrew,
-            events.TurnFinished: self.rotation.on_turn_finished,
-            events.ContextOpened: self.roster.on_context_opened,
-            events.ContextOpenFailed: self.roster.on_context_open_failed,
-            events.ContextClosed: self.rotation.on_context_closed,
-            events.KvMoved: self.rotation.contexts.on_kv_moved,
+            events.TurnAbandoned: self.rotation.on_abandoned,
+            events.TurnsCancelled: self.rotation.on_cancelled,
+            events.TurnOverdue: self.rotation.on_overdue,
+            events.ForkRequested: self.forks.on_fork,
+            events.KvCopied: self.forks.on_copied,
+            events.TurnHeld: self.rotation.on_held,
+            events.TurnsProgressed: self.rotation.on_progressed,
+            events.TurnExpired: self.rotation.on_expired,
+            events.TurnOutgrew: self.rotation.on_outgrew,
+            events.TurnPaused: self.rotation.on_paused,
+            events.TurnFinished: self.rotation.on_finished,
+            events.PoolOpened: self.roster.on_pool_opened,
+            events.PoolOpenFailed: self.roster.on_pool_open_failed,
+            events.PoolClosed: self.seating.on_closed,
+            events.SeatTaken: self.roster.on_seat_taken,
+            events.SeatNotTaken: self.roster.on_seat_not_taken,
+            events.SeatLeft: self.seating.on_left,
+            events.KvMoved: self.seating.on_kv_moved,
             events.DeviceRead: self._on_device_read,
             events.Closing: self._on_closing,
             events.ReserveRequested: self._on_reserve,
@@ -107,13 +134,14 @@ class State:
             todo += self._handlers[type(event)](event, at)
         todo += self.roster.see_off()
         todo += self._take_up_deferred(at)
-        todo += self._give_way()
+        todo += self._give_way(at)
         todo += self._answer_reserving(at)
-        admitted, held_back_bytes = self._admit_waiting(at)
+        admitted, held_back_bytes, kept_model = self._admit_waiting(at)
         todo += admitted
-        todo += self.rotation.contexts.save_waiting()
+        todo += self.seating.save_waiting()
         held_back_bytes += sum(event.bytes for event in self._reserving)
-        todo += self.rotation.schedule(at, held_back_bytes=held_back_bytes)
+        todo += self.forks.begin()
+        todo += self.schedule.plan(at, held_back_bytes=held_back_bytes, kept_model=kept_model)
         return todo
 
     # --- registration -----------------------------------------------------------------------------------------------
@@ -130,19 +158,12 @@ class State:
             return [self._refuse(event, RefusalCode.NEVER, at)]
         if decision.outcome is Outcome.FIT and not ahead:
             return self.roster.book(event, decision, at)
-        if not event.may_wait and (ahead or not self._is_being_cleared(event.agent, decision)):
+        if not event.may_wait and (ahead or decision.outcome is not Outcome.EVICT):
             return [self._refuse(event, RefusalCode.CAP, at, waiting_ahead=ahead)]
-        if event.may_wait and self.waitlist.full and (ahead or not self._is_being_cleared(event.agent, decision)):
+        if event.may_wait and self.waitlist.full and (ahead or decision.outcome is not Outcome.EVICT):
             return [self._refuse(event, RefusalCode.QUEUE_FULL, at)]
         self.waitlist.add(event, at)
         return []
-
-    def _is_being_cleared(self, spec: AgentSpec, decision: Decision) -> bool:
-        """Whether the room that is missing comes without anybody's turn having to end: not worth sending somebody away."""
-        room = self.books.room()
-        left = room.cap_bytes - room.firm_bytes - decision.firm_bytes
-        in_use = room.in_use_bytes - self.books.idle_bytes(kept=spec.model.id)
-        return decision.outcome is Outcome.EVICT and in_use <= left
 
     def _refuse(self, event: events.RegisterRequested, code: RefusalCode, at: float, *, waiting_ahead: int = 0) -> actions.Refuse:
         return actions.Refuse(event.request_id, self.refusals.of_agent(code, event.agent, at, waiting_ahead=waiting_ahead))
@@ -157,10 +178,11 @@ class State:
         leaver = next((agent for agent in self.agents.values() if agent.registration == event.request_id), None)
         return self.roster.leave(leaver) if leaver else []
 
-    def _admit_waiting(self, at: float) -> tuple[list[actions.Action], int]:
+    def _admit_waiting(self, at: float) -> tuple[list[actions.Action], int, ModelId | None]:
         """Book those whose turn it is, in order, up to the first who still does not fit.
 
-        Returns the bytes, too, that turns must leave free, because the first one waits for no more than that they are cleared.
+        Returns the bytes, too, that turns must leave free, because the first one waits for no more than that they are cleared,
+        and its model: turns must leave that where it is.
         """
         todo: list[actions.Action] = []
         for event in (waiting.request for waiting in self.waitlist.in_order(at)):
@@ -170,24 +192,26 @@ class State:
                 todo.append(self._refuse(event, RefusalCode.NEVER, at))
                 continue
             if model is not None and model.state is ModelState.UNLOADING:
-                return todo, 0
+                return todo, 0, None
             if decision.outcome is Outcome.FIT:
                 self.waitlist.remove(event.request_id)
                 todo += self.roster.book(event, decision, at)
                 continue
-            if not event.may_wait and not self._is_being_cleared(event.agent, decision):  # its room went to somebody else
+            if not event.may_wait and decision.outcome is not Outcome.EVICT:  # its room went to somebody else
                 self.waitlist.remove(event.request_id)
                 todo.append(self._refuse(event, RefusalCode.CAP, at))
                 continue
             if decision.outcome is Outcome.EVICT:
-                return todo + self._clear(decision.firm_bytes, kept=event.agent.model.id), decision.firm_bytes
-            return todo, 0
-        return todo, 0
+                kept = event.agent.model.id
+                return todo + self._clear(decision.firm_bytes, at, kept=kept), decision.firm_bytes, kept
+            return todo, 0, None
+        return todo, 0, None
 
-    def _clear(self, bytes: int, *, kept: ModelId | None = None) -> list[actions.Action]:
-        """Send away what is idle until so many bytes more can be booked beside what is in use; not the weights of `kept`."""
+    def _clear(self, bytes: int, at: float, *, kept: ModelId | None = None) -> list[actions.Action]:
+        """Take back what is lent until so many bytes more can be booked beside what is in use; not the weights of `kept`."""
         room = self.books.room()
-        return self.rotation.evict(room.firm_bytes + room.in_use_bytes + bytes - room.cap_bytes, kept_model=kept)
+        missing = room.firm_bytes + room.in_use_bytes + bytes - room.cap_bytes
+        return self.schedule.evict(missing, at, busy_too=True, kept_model=kept)
 
     def _must_wait_for_leavers(self, spec: AgentSpec) -> bool:
         """Whether something of the same name is on its way out: a model being unloaded, or an agent (a restarted one's past)."""
@@ -216,7 +240,7 @@ class State:
                 todo += self.roster.leave(agent)
         if (shrink := self.rules.idle_shrink_s) is not None:
             surplus = self.books.in_use_bytes - self.books.promise().turn_bytes
-            todo += self.rotation.evict(surplus, idle_since=at - shrink)
+            todo += self.schedule.evict(surplus, at, idle_since=at - shrink)
         return todo
 
     def _idle_agents(self) -> list[Agent]:
@@ -237,14 +261,17 @@ class State:
             todo += self.roster.leave(agent)
         return todo
 
-    def _give_way(self) -> list[actions.Action]:
+    def _give_way(self, at: float) -> list[actions.Action]:
         """Where strangers took what is booked here, what is idle leaves the device until the rest fits under the cap."""
         if self.books.drifts:
             self.books.keep_promise()
         if not self.ledger.overdrawn_bytes:
             return []
         room = self.books.room()
-        return self.rotation.evict(room.firm_bytes + room.in_use_bytes - room.cap_bytes, also_wanted=False)
+        missing = room.firm_bytes + room.in_use_bytes - room.cap_bytes
+        lent = room.in_use_bytes - self.books.promise().turn_bytes
+        todo = self.schedule.evict(missing, at, also_wanted=False)
+        return todo + self.schedule.evict(min(missing, lent), at, busy_too=True)
 
     # --- leaving ----------------------------------------------------------------------------------------------------
 
@@ -284,8 +311,8 @@ class State:
                 self.books.keep_promise()
                 reservation = self._reserved[event.request_id] = self.books.reserve(event.holder, event.bytes, event.owner)
                 todo.append(actions.AnswerReserve(event.request_id, reservation))
-            elif max(turn_bytes, room.in_use_bytes - self.books.idle_bytes()) <= left:
-                todo += self._clear(event.bytes)
+            elif turn_bytes <= left:
+                todo += self._clear(event.bytes, at)
             else:
                 self._reserving.remove(event)
                 never = event.bytes > room.best_cap_bytes - room.fixed_bytes
@@ -318,4 +345,5 @@ class State:
         self.books.check()
         self.kv_books.check()
         self.rotation.check()
+        self.schedule.check()
         self.roster.check()

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from conductor.backend import generation
+from conductor.backend import turn_run
 from conductor.backend.llama import Sampler
-from conductor.types import DecodeRequest
+from conductor.types import DecodeRequest, PoolId
+from tests.support.company import SPEC
 from tests.support.growing import Stage, Talker, stage
 from tests.support.parrot import write_parrot
 from tests.support.tiny_gguf import write_tiny_gguf
@@ -34,7 +35,7 @@ def samplers_are_closed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             super().close()
             CountedSampler.alive -= 1
 
-    monkeypatch.setattr(generation, "Sampler", CountedSampler)
+    monkeypatch.setattr(turn_run, "Sampler", CountedSampler)
     yield
     assert CountedSampler.alive == 0
 
@@ -54,6 +55,17 @@ def tiny(on_stage: OnStage, tmp_path: Path) -> Callable[..., Stage]:
     def begin(architecture: str = "llama", *, seed: int = 5, **options: Any) -> Stage:
         path = tmp_path / f"{architecture}.gguf"
         return on_stage(write_tiny_gguf(path, architecture=architecture, sliding_window=64, n_layer=6, seed=seed), **options)
+
+    return begin
+
+
+@pytest.fixture
+def together(tiny: Callable[..., Stage]) -> Callable[..., tuple[Stage, PoolId]]:
+    """A stage, and a pool on it."""
+
+    def begin(architecture: str = "llama", slots: int = 6) -> tuple[Stage, PoolId]:
+        stage = tiny(architecture)
+        return stage, stage.pool(slots, **SPEC)
 
     return begin
 

@@ -14,7 +14,7 @@ import pytest
 from conductor.backend.turn import Outgrown, TurnOutcome
 from conductor.errors import WindowFull
 from conductor.types import Chunk, DecodeRequest, FinishReason, KvPlace, Message
-from tests.support.growing import Stage, Talker
+from tests.support.growing import WITHIN_S, Stage, Talker
 from tests.support.talk import SHIPPED
 
 pytestmark = pytest.mark.usefixtures("samplers_are_closed")
@@ -24,6 +24,10 @@ SAMPLING: dict[str, dict[str, Any]] = {"greedy": {}, "seeded": {"temperature": 1
 
 def cost(outcome: TurnOutcome) -> tuple[int, int, int]:
     return outcome.prompt_tokens, outcome.prompt_tokens_reused, outcome.recomputed_tokens
+
+
+def asked(outgrown: Outgrown) -> tuple[int, int]:
+    return outgrown.required_tokens, outgrown.desired_tokens
 
 
 # --- the same tokens --------------------------------------------------------------------------------------------------
@@ -96,7 +100,8 @@ def test_a_prompt_that_does_not_fit_is_known_before_any_of_it_is_decoded(polly: 
     agent = polly(window=256, room=32)
     agent.says("x", max_tokens=10)
     outgrown = agent.outgrows("y" * 50, max_tokens=20)
-    assert outgrown == Outgrown(required_tokens=11 + 50 + 1, desired_tokens=11 + 50 + 20)
+    assert asked(outgrown) == (11 + 50 + 1, 11 + 50 + 20)
+    assert (outgrown.computed_tokens, outgrown.has_made) == (0, False)
     assert (agent.tokens, agent.cached) == (11, 10)
     agent.grows(64)
     answer = agent.finishes(agent.request("y" * 50, max_tokens=20))
@@ -106,14 +111,14 @@ def test_a_prompt_that_does_not_fit_is_known_before_any_of_it_is_decoded(polly: 
 
 def test_room_is_needed_for_the_prompt_and_one_token_more(polly: Callable[..., Talker]) -> None:
     agent = polly(window=64, room=20)
-    assert agent.outgrows("x" * 20, max_tokens=1) == Outgrown(21, 21)
+    assert asked(agent.outgrows("x" * 20, max_tokens=1)) == (21, 21)
     assert agent.says("x" * 19, max_tokens=1).text == "a"
     assert agent.growths == 0
 
 
 def test_a_turn_never_wants_more_than_its_window(polly: Callable[..., Talker]) -> None:
     agent = polly(window=64, room=32)
-    assert agent.outgrows("x" * 40, max_tokens=2**31 - 1) == Outgrown(41, 64)
+    assert asked(agent.outgrows("x" * 40, max_tokens=2**31 - 1)) == (41, 64)
     with pytest.raises(WindowFull):  # of the window that was admitted, however small the room
         agent.step(agent.request("x" * 64))
 
@@ -121,7 +126,8 @@ def test_a_turn_never_wants_more_than_its_window(polly: Callable[..., Talker]) -
 def test_a_turn_goes_on_in_any_room_and_asks_again_where_that_is_too_small(polly: Callable[..., Talker]) -> None:
     agent = polly(window=64, room=16)
     request = agent.request("x" * 5, max_tokens=30)
-    assert agent.step(request) == agent.step(request) == Outgrown(17, 35)
+    first, second = agent.step(request), agent.step(request)
+    assert first == second == Outgrown(17, 35, computed_tokens=15, has_made=True)
     agent.grows(20)
     assert agent.finishes(request).text == "abcdefghij" * 3
 
@@ -234,7 +240,7 @@ def test_a_stop_is_heard_while_lost_kv_is_decoded_again(polly: Callable[..., Tal
     request = agent.request("x" * 6, max_tokens=30)
     agent.step(request)
     agent.grows(17, to=KvPlace.TOKENS)
-    answer = agent.step(request, stopped=lambda: True)
+    answer = agent.begins_and(agent.stops, request).result(WITHIN_S)
     assert isinstance(answer, TurnOutcome)
     assert (answer.text, answer.finish_reason, answer.recomputed_tokens) == ("abcdefghij", FinishReason.CANCELLED, 0)
     assert agent.says(max_tokens=3).text == "abc"

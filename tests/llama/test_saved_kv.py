@@ -206,7 +206,7 @@ def test_kv_that_the_context_has_no_room_for_is_recomputed(coder: Stage) -> None
     assert agent.says(PROMPTS[1], max_tokens=8).recomputed_tokens > 0
 
 
-def test_a_restore_that_fails_unforeseen_leaves_no_context_behind(coder: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_restore_that_fails_unforeseen_takes_no_seat_and_keeps_the_kv(coder: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     agent = coder.talker("agent", window=512)
     agent.says(PROMPTS[0], max_tokens=8)
     away(agent)
@@ -218,9 +218,9 @@ def test_a_restore_that_fails_unforeseen_leaves_no_context_behind(coder: Stage, 
         broken_store.setattr(agent.engine._saved._store, "read", broken)
         with pytest.raises(RuntimeError, match="a bug"):
             agent.opens()
-    assert agent.id not in agent.engine._live
-    agent.opens()
-    assert agent.says(PROMPTS[1], max_tokens=8).recomputed_tokens > 0
+    assert not agent.seated
+    assert agent.opens().restored_bytes > 0
+    assert agent.says(PROMPTS[1], max_tokens=8).recomputed_tokens == 0
 
 
 def test_a_directory_that_cannot_be_made_is_an_error_of_the_configuration(tmp_path: Path) -> None:

@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import functools
 from pathlib import Path
 
 import pytest
 
-from conductor.backend.catalog import Catalog
-from conductor.backend.engine import Engine
-from conductor.backend.turn import TurnOrder, TurnOutcome
-from conductor.config import parse_config
 from conductor.errors import InvalidRequest, TurnCancelled, UnknownAgent, WindowFull
 from conductor.types import (
-    AgentId,
-    ContextSpec,
-    DecodeRequest,
     DecodeResult,
-    DeviceKind,
     FinishReason,
-    KvPlace,
 )
 from tests.conftest import Start
+from tests.support.growing import WITHIN_S, stage
 from tests.support.parrot import write_parrot
 from tests.support.talk import ENDLESS, SHIPPED, agent_of, is_busy, until, user
 from tests.support.tiny_gguf import write_tiny_gguf
@@ -95,57 +87,34 @@ async def test_an_agent_that_is_unregistered_in_the_middle_of_its_turn_is_told_a
         await queued
 
 
-class Stopper:
-    """Says stop when it is asked for the `at`-th time."""
-
-    def __init__(self, at: int) -> None:
-        self.asked, self._at = 0, at
-
-    def __call__(self) -> bool:
-        self.asked += 1
-        return self.asked >= self._at
-
-
 @pytest.mark.parametrize("shift", [False, True])
-@pytest.mark.parametrize("at", [1, 2, 5])
+@pytest.mark.parametrize("batches", [0, 1, 4])
 @pytest.mark.parametrize("architecture", ["llama", "gemma3", "mamba"])
 def test_a_turn_ended_in_its_prompt_leaves_the_conversation_as_it_was(
-    tmp_path: Path, architecture: str, at: int, shift: bool
+    tmp_path: Path, architecture: str, batches: int, shift: bool
 ) -> None:
     """Below the conductor, where the moment can be chosen: after so many batches of the prompt."""
     path = write_tiny_gguf(tmp_path / "tiny.gguf", architecture=architecture, sliding_window=32, n_layer=6, seed=9)
-    document = {"device": {"kind": "host"}, "host_budget": "4MiB", "threads": 1, "model_dirs": [str(tmp_path)]}
-    config = parse_config(document, source="test", directory=tmp_path)
-    engine = Engine(config)
-    plan = Catalog(config).plan(str(path), DeviceKind.HOST)
-    engine.load(plan)
-    spec = ContextSpec(window=200, n_batch=16, n_ubatch=16)
     opening, long = "the world and the agent. " * 6, "hello model? " * 16
     answers = []
-    for agent in map(AgentId, ("disturbed", "quiet")):
-        engine.open_context(agent, plan.id, spec)
-        engine.run_turn(order(agent, opening, window=200))
-        held = engine.tokens(agent)
-        if agent == "disturbed":
-            with pytest.raises(TurnCancelled):
-                engine.run_turn(order(agent, long, window=200 if not shift else held + 40, shift=shift, stopped=Stopper(at)))
-        assert engine.tokens(agent) == held
-        engine.close_context(agent, to=KvPlace.HOST)
-        engine.open_context(agent, plan.id, spec)
-        answer = engine.run_turn(order(agent, "hello", window=200))
-        assert isinstance(answer, TurnOutcome)
-        answers.append(answer.tokens)
-        engine.close_context(agent, to=KvPlace.TOKENS)
-        engine.forget(agent)
+    with stage(path, tmp_path) as on_stage:
+        for name in ("disturbed", "quiet"):
+            agent = on_stage.talker(name, window=200, n_batch=16, n_ubatch=16)
+            agent.says(opening, max_tokens=12)
+            held = agent.tokens
+            if name == "disturbed":
+                request, window = agent.request(long, max_tokens=12, context_shift=shift), held + 40 if shift else 200
+                if batches:
+                    agent.in_step(batches, agent.stops)
+                begin = agent.begins if batches else functools.partial(agent.begins_and, agent.stops)
+                turn = begin(request, window=window)
+                with pytest.raises(TurnCancelled):
+                    turn.result(WITHIN_S)
+            assert agent.tokens == held
+            agent.closes()
+            agent.opens()
+            answers.append(agent.says("hello", max_tokens=12).tokens)
     assert answers[0] == answers[1]
-    engine.unload(plan.id)
-
-
-def order(
-    agent: AgentId, prompt: str, *, window: int, shift: bool = False, stopped: Callable[[], bool] = lambda: False
-) -> TurnOrder:
-    request = DecodeRequest(prompt=prompt, max_tokens=12)
-    return TurnOrder(agent, request, window=window, room=window, context_shift=shift, stopped=stopped)
 
 
 async def test_a_caller_who_leaves_while_the_prompt_is_read_leaves_no_trace(start: Start) -> None:

@@ -200,7 +200,7 @@ async def test_each_filter_alone_can_leave_only_the_likeliest(gambler: Any, narr
 async def test_a_context_that_cannot_be_saved_is_closed_all_the_same_and_its_conversation_recomputed(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    conductor = await start({"coder": SHIPPED["coder"], "reviewer": SHIPPED["reviewer"]})
+    conductor = await start({"coder": SHIPPED["coder"], "reviewer": SHIPPED["reviewer"]}, live_contexts=1)
     await conductor.register("ada", "coder")
     await conductor.register("bob", "reviewer")
     first = await conductor.decode("ada", "import os\n", max_tokens=8)

@@ -10,7 +10,7 @@ import pytest
 from conductor.backend.turn import Outgrown, TurnOutcome
 from conductor.errors import InvalidRequest, TurnCancelled
 from conductor.types import Chunk, KvPlace
-from tests.support.growing import Stage, Talker
+from tests.support.growing import WITHIN_S, Stage, Talker
 
 pytestmark = pytest.mark.usefixtures("samplers_are_closed")
 
@@ -133,9 +133,9 @@ def test_errors_before_the_first_token_leave_nothing_standing(polly: Callable[..
     agent.step(request)
     agent.grows(21)
     with pytest.raises(TurnCancelled):
-        agent.step(request, stopped=lambda: True)
+        agent.begins_and(agent.stops, request).result(WITHIN_S)
     assert agent.tokens == 0
-    assert not agent.engine._standing
+    assert not agent.engine._turns.standing
 
 
 MOMENTS = ["before it is saved", "while it is saved", "in host memory", "on disk", "while it is restored"]

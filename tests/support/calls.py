@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from conductor.core import actions, events
 from conductor.errors import AdmissionRefused, ConductorError, Refusal
-from conductor.types import AgentId, ReservationId
+from conductor.types import AgentId, FinishReason, ReservationId
 
 E = TypeVar("E", bound=ConductorError)
 
@@ -62,8 +62,9 @@ class Call:
 
     @property
     def is_done(self) -> bool:
-        """An unregister or a release was carried out."""
-        return bool(self.answers) and isinstance(self.answer, (actions.AnswerUnregister, actions.AnswerRelease))
+        """An unregister, a release or a cancel was carried out."""
+        done = (actions.AnswerUnregister, actions.AnswerRelease, actions.AnswerCancel)
+        return bool(self.answers) and isinstance(self.answer, done)
 
     @property
     def refusal(self) -> Refusal:
@@ -81,10 +82,11 @@ class TurnCall:
 
     agent: str
     run: actions.RunTurn | None = None
-    stopped: bool = False  #: asked to end after its step
+    stopped: FinishReason | None = None  #: why it was asked to end after its step
+    pausing: bool = False  #: asked to stand still after its step
     expired: bool = False  #: its time was up while it waited
     required_tokens: int = 0  #: it outgrew its context, and cannot go on in a smaller one
-    endings: list[events.TurnFinished | actions.FailTurn] = field(default_factory=list)
+    endings: list[events.TurnFinished | actions.FailTurn | actions.EndTurn] = field(default_factory=list)
 
     @property
     def waits(self) -> bool:
@@ -99,6 +101,13 @@ class TurnCall:
         """(evicted, restored, swap_bytes) as the result will say."""
         assert self.run is not None, f"the turn of {self.agent} never ran"
         return self.run.evicted, self.run.restored, self.run.swap_bytes
+
+    @property
+    def ended_for(self) -> FinishReason:
+        """Why it was over before its end, with what it had made."""
+        (ending,) = self.endings
+        assert isinstance(ending, actions.EndTurn), ending
+        return ending.reason
 
     def failed_with(self, kind: type[E]) -> E:
         (ending,) = self.endings

@@ -1,20 +1,123 @@
-"""Moments for `plan_turns` and `plan_eviction`, in few words: who waits, whose context is live, where weights are."""
+"""Moments for `plan_turns` and `plan_eviction`, in few words: who waits, which pools are live, who sits there, where weights are.
+
+A pool of n slots takes n times what it takes with one, so that a story's numbers add up in the head. Pools are named as their
+models, those of guaranteed agents as the agents.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from conductor.core.events import TurnId
+from conductor.core.moment import (
+    Drain,
+    Leave,
+    LivePool,
+    Load,
+    Open,
+    Park,
+    Pause,
+    Picture,
+    Prospect,
+    Sitter,
+    Start,
+    Step,
+    Take,
+    WaitingTurn,
+    Weights,
+)
+from conductor.core.pools import PoolPhase
 from conductor.core.sessions import Phase
-from conductor.core.turns import Close, Load, Occupant, Open, Park, Start, Step, WaitingTurn, Weights, plan_turns
-from conductor.types import AgentId, ModelId, ModelState
+from conductor.core.turns import plan_turns
+from conductor.types import AgentId, ModelId, ModelState, PoolId
 
 #: so much room that bytes decide nothing
 PLENTY = 10**12
 
 
-def turn(id: int, agent: str, model: str, *, bytes: int = 0, window: int = 0, blocked: bool = False) -> WaitingTurn:
-    return WaitingTurn(TurnId(id), AgentId(agent), ModelId(model), bytes, window, blocked)
+@dataclass(frozen=True)
+class Place:
+    """A pool and who sits in it."""
+
+    pool: LivePool
+    sitters: tuple[Sitter, ...]
+
+
+def shapes(bytes: int, slots: int) -> tuple[tuple[int, int], ...]:
+    return tuple((n, n * bytes) for n in range(1, slots + 1))
+
+
+# --- who waits --------------------------------------------------------------------------------------------------------
+
+
+def turn(
+    id: int,
+    agent: str,
+    model: str,
+    *,
+    bytes: int = 0,
+    slots: int = 1,
+    window: int = 0,
+    tokens: int = 0,
+    priority: float = 0,
+    served: int = 0,
+    blocked: bool = False,
+) -> WaitingTurn:
+    """`bytes` of a pool with one slot, which may have up to `slots`."""
+    return WaitingTurn(
+        TurnId(id),
+        AgentId(agent),
+        ModelId(model),
+        PoolId(model),
+        shapes(bytes, slots),
+        window,
+        tokens,
+        (-priority, served),
+        blocked,
+    )
+
+
+# --- who sits where -----------------------------------------------------------------------------------------------------
+
+
+def sits(agent: str, phase: Phase = Phase.READY, *, last_turn: int = 0, best_effort: bool = False) -> Sitter:
+    return Sitter(AgentId(agent), PoolId(""), phase, last_turn, best_effort)
+
+
+def runs(
+    id: int,
+    agent: str,
+    *,
+    priority: float = 0,
+    served: int = 0,
+    may_pause: bool = True,
+    pausing: bool = False,
+    last_turn: int = 0,
+    best_effort: bool = False,
+) -> Sitter:
+    return Sitter(
+        AgentId(agent), PoolId(""), Phase.BUSY, last_turn, best_effort, TurnId(id), (-priority, served), may_pause, pausing
+    )
+
+
+def pool(
+    model: str,
+    *sitters: Sitter,
+    phase: PoolPhase = PoolPhase.READY,
+    bytes: int = 0,
+    window: int = 0,
+    slots: int = 1,
+    up_to: int = 0,
+    settled: bool = True,
+    guaranteed: bool = False,
+) -> Place:
+    """`bytes` of one slot; `up_to` so many slots could have been made."""
+    name = sitters[0].agent_id if guaranteed else model
+    made = LivePool(
+        PoolId(name), ModelId(model), phase, bytes * slots, window, slots, shapes(bytes, max(slots, up_to)), guaranteed, settled
+    )
+    return Place(made, tuple(replace(sitter, pool=made.id) for sitter in sitters))
 
 
 def live(
@@ -27,8 +130,21 @@ def live(
     window: int = 0,
     best_effort: bool = False,
     guaranteed: bool = False,
-) -> Occupant:
-    return Occupant(AgentId(agent), ModelId(model), phase, last_turn, bytes, window, best_effort, guaranteed)
+) -> Place:
+    """A pool of one slot. Whoever is busy in it began just now."""
+    sitter = sits(agent, phase, last_turn=last_turn, best_effort=best_effort)
+    return pool(model, sitter, bytes=bytes, window=window, guaranteed=guaranteed)
+
+
+def opening(model: str, *, bytes: int = 0, slots: int = 1) -> Place:
+    return pool(model, phase=PoolPhase.OPENING, bytes=bytes, slots=slots)
+
+
+def closing(model: str, *, bytes: int = 0) -> Place:
+    return pool(model, phase=PoolPhase.CLOSING, bytes=bytes)
+
+
+# --- where weights are --------------------------------------------------------------------------------------------------
 
 
 def firm(model: str, state: ModelState = ModelState.RESIDENT, *, bytes: int = 100) -> Weights:
@@ -41,16 +157,33 @@ def loose(model: str, state: ModelState = ModelState.RESIDENT, *, bytes: int = 1
     return Weights(ModelId(model), state, bytes, firm=False, last_turn=last_turn)
 
 
+# --- steps --------------------------------------------------------------------------------------------------------------
+
+
 def start(id: int, agent: str) -> Start:
     return Start(TurnId(id), AgentId(agent))
 
 
-def open_(id: int, agent: str) -> Open:
-    return Open(TurnId(id), AgentId(agent))
+def take(id: int, agent: str) -> Take:
+    return Take(TurnId(id), AgentId(agent))
 
 
-def close(agent: str, *, for_turn: int | None) -> Close:
-    return Close(AgentId(agent), None if for_turn is None else TurnId(for_turn))
+def leave(agent: str, *, for_turn: int | None) -> Leave:
+    return Leave(AgentId(agent), None if for_turn is None else TurnId(for_turn))
+
+
+def pause(id: int) -> Pause:
+    return Pause(TurnId(id))
+
+
+def open_(turn: WaitingTurn, *, slots: int = 1, window_of: WaitingTurn | None = None) -> Open:
+    """For the turn, with the window of another one that waits for the same pool, if given."""
+    made_for = window_of or turn
+    return Open(turn.id, turn.agent_id, made_for.window, slots, made_for.shapes)
+
+
+def drain(pool: str, *, for_turn: int | None) -> Drain:
+    return Drain(PoolId(pool), None if for_turn is None else TurnId(for_turn))
 
 
 def load(model: str) -> Load:
@@ -61,21 +194,41 @@ def park(model: str) -> Park:
     return Park(ModelId(model))
 
 
-def all_models(
-    waiting: Iterable[WaitingTurn], places: Iterable[Occupant], models: Iterable[Weights] = ()
-) -> Mapping[ModelId, Weights]:
-    """Those of a moment by their id; the ones that are not mentioned stay on the device."""
+# --- plans --------------------------------------------------------------------------------------------------------------
+
+
+def picture(
+    waiting: Iterable[WaitingTurn],
+    places: Sequence[Place],
+    models: Iterable[Weights] = (),
+    *,
+    live_contexts: float = 1,
+    room: int = PLENTY,
+    prospects: Mapping[str, Prospect] | None = None,
+) -> Picture:
+    """Models that are not mentioned stay on the device; agents that are not mentioned are not there."""
     named = {it.model_id: it for it in models}
-    used = [*(it.model_id for it in waiting), *(it.model_id for it in places)]
-    return {id: named.get(id, firm(id)) for id in (*used, *named)}
+    used = [*(it.model_id for it in waiting), *(place.pool.model_id for place in places)]
+    agents = {(it.pool, it.agent_id) for it in waiting} | {(it.pool, it.agent_id) for place in places for it in place.sitters}
+    known = {id: Prospect(sum(pool == id for pool, _ in agents)) for id, _ in agents}
+    return Picture(
+        sitters=[sitter for place in places for sitter in place.sitters],
+        pools={place.pool.id: place.pool for place in places},
+        models={id: named.get(id, firm(id)) for id in (*used, *named)},
+        room_bytes=room,
+        live_contexts=live_contexts,
+        prospects=known | {PoolId(id): prospect for id, prospect in (prospects or {}).items()},
+    )
 
 
 def plan(
     waiting: list[WaitingTurn],
-    places: list[Occupant],
+    places: Sequence[Place],
     models: Iterable[Weights] = (),
     *,
-    live_contexts: int = 1,
+    live_contexts: float = 1,
     room: int = PLENTY,
+    prospects: Mapping[str, Prospect] | None = None,
 ) -> list[Step]:
-    return plan_turns(waiting, places, all_models(waiting, places, models), live_contexts=live_contexts, room_bytes=room)
+    moment = picture(waiting, places, models, live_contexts=live_contexts, room=room, prospects=prospects)
+    return plan_turns(waiting, moment)

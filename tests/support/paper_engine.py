@@ -2,34 +2,44 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TypeAlias
 
 from conductor.core import actions
 from conductor.core.events import TurnId
-from conductor.types import AgentId, KvPlace, ModelId
+from conductor.types import AgentId, KvPlace, ModelId, PoolId
 
 Work: TypeAlias = (
-    actions.LoadModel | actions.UnloadModel | actions.OpenContext | actions.CloseContext | actions.RunTurn | actions.MoveKv
-)
+    actions.LoadModel | actions.UnloadModel | actions.OpenPool | actions.ClosePool | actions.TakeSeat | actions.LeaveSeat
+    | actions.RunTurn | actions.MoveKv
+)  # fmt: skip
 
 KV_BYTES_PER_TOKEN = 2
 
 
-class PaperEngine:
-    """Weights, contexts and saved KV in bytes, and what there is to do. Being asked for the impossible fails the test."""
+@dataclass(frozen=True)
+class Standing:
+    """A turn that stopped, whole."""
 
-    def __init__(self, *, live_contexts: int) -> None:
+    turn_id: TurnId
+    tokens: int
+    has_made: bool
+
+
+class PaperEngine:
+    """Weights, pools and saved KV in bytes, and what there is to do. Being asked for the impossible fails the test."""
+
+    def __init__(self, *, live_contexts: int | None) -> None:
         self.live_contexts = live_contexts
-        self.guaranteed: set[AgentId] = set()  #: whose contexts are not counted
         self.todo: list[Work] = []
         self.weights: dict[ModelId, int] = {}
-        self.places: dict[AgentId, ModelId] = {}  #: contexts live, on their way in or on their way out
-        self.windows: dict[AgentId, int] = {}  #: of contexts live or on their way in: the tokens they have room for
-        self.contexts: dict[AgentId, int] = {}  #: bytes
-        self.held: dict[AgentId, int] = {}  #: bytes of KV in them
+        self.pools: dict[PoolId, actions.OpenPool] = {}  #: there, on their way in or on their way out
+        self.contexts: dict[PoolId, int] = {}  #: bytes of those that are there
+        self.seats: dict[AgentId, PoolId] = {}  #: taken, being taken or being left
+        self.held: dict[AgentId, int] = {}  #: bytes of KV in the seats that are taken
         self.saved: dict[AgentId, int] = {}
         self.tokens: dict[AgentId, int] = {}  #: of each session, without those of a turn that is not over
-        self.suspended: dict[AgentId, TurnId] = {}  #: turns that stopped because they outgrew their context
+        self.suspended: dict[AgentId, Standing] = {}  #: turns that stand still
 
     def ask(self, work: Work) -> None:
         assert subject(work) not in map(subject, self.todo), f"asked for {work} while busy with it: {self.todo}"
@@ -38,55 +48,73 @@ class PaperEngine:
                 assert plan.id not in self.weights
             case actions.UnloadModel(model_id):
                 assert model_id in self.weights
-                assert model_id not in self.places.values(), "a model unloaded under a live context"
-            case actions.OpenContext(agent_id, context, model_id):
+                assert model_id not in {pool.model_id for pool in self.pools.values()}, "a model unloaded under a live pool"
+            case actions.OpenPool(pool_id, model_id):
                 assert model_id in self.weights
-                assert agent_id not in self.places
-                others = [model for agent, model in self.places.items() if agent not in self.guaranteed]
-                assert agent_id in self.guaranteed or model_id not in others, "two contexts of one model"
-                assert agent_id in self.guaranteed or len(others) < self.live_contexts
-                self.places[agent_id], self.windows[agent_id] = model_id, context.window
-            case actions.CloseContext(agent_id):
-                assert agent_id in self.contexts
+                assert pool_id not in self.pools
+                self.pools[pool_id] = work
+                turning = [id for id in self.pools if id.startswith("model:")]
+                assert self.live_contexts is None or len(turning) <= self.live_contexts
+            case actions.ClosePool(pool_id):
+                assert pool_id in self.contexts
+                assert pool_id not in self.seats.values(), "a pool closed under its agents"
+            case actions.TakeSeat(agent_id, pool_id):
+                assert pool_id in self.contexts
+                assert agent_id not in self.seats
+                self.seats[agent_id] = pool_id
+                taken = sum(pool == pool_id for pool in self.seats.values())
+                assert taken <= self.pools[pool_id].context.slots, "more agents than slots"
+            case actions.LeaveSeat(agent_id):
+                assert agent_id in self.held
             case actions.RunTurn(turn_id, agent_id, room):
-                assert room == self.windows[agent_id]
-                assert self.suspended.pop(agent_id, turn_id) == turn_id, "a turn begun before the one that stopped is over"
-                assert self.tokens.get(agent_id, 0) <= room, "a session in a window that is too small for it"
+                assert agent_id in self.held
+                assert room <= self.pools[self.seats[agent_id]].context.window
+                standing = self.suspended.pop(agent_id, None)
+                assert standing is None or standing.turn_id == turn_id, "a turn begun before the one that stopped is over"
+                tokens = standing.tokens if standing else self.tokens.get(agent_id, 0)
+                assert tokens <= room, "a session in a window that is too small for it"
             case actions.MoveKv(agent_id):
                 assert agent_id in self.saved
-                assert agent_id not in self.places
+                assert agent_id not in self.seats
         self.todo.append(work)
 
     def take(self, kind: type[Work], about: str) -> Work:
-        """The one piece of work of this kind about this model or agent, no longer to do."""
+        """The one piece of work of this kind about this model, pool or agent, no longer to do."""
         found = [work for work in self.todo if isinstance(work, kind) and subject(work) == about]
         assert found, f"the engine was not asked for {kind.__name__} of {about}, only for {self.todo}"
         self.todo.remove(found[0])
         return found[0]
 
-    def open(self, agent_id: AgentId, takes: int, *, kv_lost: bool) -> int:
+    def is_asked(self, kind: type[Work], about: str) -> bool:
+        return any(isinstance(work, kind) and subject(work) == about for work in self.todo)
+
+    def restore(self, agent_id: AgentId, *, kv_lost: bool) -> int:
         """Bytes restored: what was saved, unless it is lost or more than the window has room for."""
         saved = self.saved.pop(agent_id, 0)
-        kv_lost |= saved > self.windows[agent_id] * KV_BYTES_PER_TOKEN
-        self.contexts[agent_id], self.held[agent_id] = takes, 0 if kv_lost else saved
+        kv_lost |= saved > self.pools[self.seats[agent_id]].context.window * KV_BYTES_PER_TOKEN
+        self.held[agent_id] = 0 if kv_lost else saved
         return self.held[agent_id]
-
-    def fail_to_open(self, agent_id: AgentId) -> None:
-        del self.places[agent_id], self.windows[agent_id]
 
     def ends(self, agent_id: AgentId, *, tokens: int) -> int:
         """The turn is over; the bytes of KV that the session has now."""
         self.tokens[agent_id], self.held[agent_id] = tokens, tokens * KV_BYTES_PER_TOKEN
         return self.held[agent_id]
 
-    def stops(self, agent_id: AgentId, turn_id: TurnId, *, tokens: int) -> int:
-        """The turn stands still because it outgrew its context; the bytes of KV that the session has now."""
-        self.suspended[agent_id], self.held[agent_id] = turn_id, tokens * KV_BYTES_PER_TOKEN
+    def stops(self, agent_id: AgentId, turn_id: TurnId, *, tokens: int, has_made: bool) -> int:
+        """The turn stands still; the bytes of KV that the session has now."""
+        self.suspended[agent_id] = Standing(turn_id, tokens, has_made)
+        self.held[agent_id] = tokens * KV_BYTES_PER_TOKEN
         return self.held[agent_id]
 
-    def close(self, agent_id: AgentId, *, to: KvPlace) -> int:
+    def ends_standing(self, agent_id: AgentId) -> None:
+        """With what it made, or as if it had not been."""
+        standing = self.suspended.pop(agent_id)
+        if standing.has_made:
+            self.tokens[agent_id] = standing.tokens
+
+    def leave(self, agent_id: AgentId, *, to: KvPlace) -> int:
         """Bytes saved: of a turn that was dropped, nothing."""
-        del self.places[agent_id], self.windows[agent_id], self.contexts[agent_id]
+        del self.seats[agent_id]
         held = self.held.pop(agent_id)
         if agent_id not in self.suspended:
             held = min(held, self.tokens.get(agent_id, 0) * KV_BYTES_PER_TOKEN)
@@ -100,7 +128,7 @@ class PaperEngine:
         return KvPlace.TOKENS if fails else KvPlace.DISK
 
     def drop_kv(self, agent_id: AgentId) -> None:
-        assert agent_id not in self.places, "a saved KV dropped while it is being restored"
+        assert agent_id not in self.seats, "a saved KV dropped while it is being restored"
         del self.saved[agent_id]
 
     def drop_turn(self, agent_id: AgentId) -> None:
@@ -108,7 +136,7 @@ class PaperEngine:
         del self.suspended[agent_id]
 
     def forget(self, agent_id: AgentId) -> None:
-        assert agent_id not in self.places, "an agent forgotten with its context live"
+        assert agent_id not in self.seats, "an agent forgotten in its seat"
         assert agent_id not in self.suspended, "an agent forgotten with a turn that is not over"
         self.saved.pop(agent_id, None)
         self.tokens.pop(agent_id, None)
@@ -120,5 +148,7 @@ def subject(work: Work) -> str:
             return plan.id
         case actions.UnloadModel(model_id):
             return model_id
+        case actions.OpenPool(pool_id) | actions.ClosePool(pool_id):
+            return pool_id
         case _:
             return work.agent_id

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from conductor.core import actions, admission, events
 from conductor.core.admission import Outcome
 from conductor.core.events import RequestId
+from conductor.core.pools import PoolPhase
 from conductor.core.sessions import Agent, Phase, Stage, Turn
 from conductor.core.state import State
 from conductor.core.waitlist import Waiting, seniority
@@ -67,7 +68,7 @@ class Scrutiny:
         self._check_that_nobody_overtook()
         self._check_that_nobody_outstays()
         self._check_what_is_guaranteed()
-        if all(isinstance(work, actions.RunTurn) for work in self.engine.todo):
+        if self.engine.todo and all(isinstance(work, actions.RunTurn) for work in self.engine.todo):
             self._check_that_only_turns_are_waited_for()
         if not self.engine.todo:
             self._check_that_nobody_waits_for_nothing(calls)
@@ -80,13 +81,14 @@ class Scrutiny:
         if not any(isinstance(event, events.DeviceRead) for event in self._happened):
             assert ledger.allocated_bytes <= max(self._allocated, ledger.cap_bytes), "more booked than the device has left"
             physical = max(self._in_use, ledger.cap_bytes, books.physical_bytes)
-            measured = any(isinstance(event, (events.ModelLoaded, events.ContextOpened)) for event in self._happened)
+            measured = any(isinstance(event, (events.ModelLoaded, events.PoolOpened)) for event in self._happened)
             assert self._physically_in_use() <= physical or measured, "more in use than the device has"
 
     def _physically_in_use(self) -> int:
         """What is on the device or on its way there."""
         room = self.state.books.room()
-        guarantees = (agent.guarantee for agent in self.state.agents.values() if agent.guarantee and agent.live is None)
+        there = self.state.pools
+        guarantees = (agent.guarantee for agent in self.state.agents.values() if agent.guarantee and agent.pool not in there)
         return room.firm_bytes + room.in_use_bytes - sum(map(self.state.ledger.size, guarantees))
 
     def _check_the_promise(self) -> None:
@@ -102,11 +104,13 @@ class Scrutiny:
             if model.state is ModelState.RESIDENT:
                 assert model.reservation
                 assert ledger.size(model.reservation) == self.engine.weights[model.plan.id]
+        assert state.pools.keys() == self.engine.pools.keys()
+        for id, pool in state.pools.items():
+            if pool.phase is PoolPhase.READY:
+                assert ledger.size(pool.reservation) == self.engine.contexts[id]
         for id, agent in state.agents.items():
-            assert (agent.live is not None) == (id in self.engine.places)
-            if agent.live and agent.phase in (Phase.READY, Phase.BUSY):
-                assert ledger.size(agent.live.reservation) == self.engine.contexts[id]
-            if agent.live is None:
+            assert (agent.seat.pool if agent.seat else None) == self.engine.seats.get(id)
+            if agent.seat is None:
                 assert saved(agent) == self.engine.saved.get(id, 0)
 
     def _check_what_is_firm(self) -> None:
@@ -167,35 +171,42 @@ class Scrutiny:
         """The whole window of a guaranteed agent is live, and its turns wait for nothing but each other."""
         for agent in self.state.agents.values():
             if agent.guaranteed and agent.stage is Stage.ADMITTED:
-                assert agent.live is not None
-                assert agent.live.window == agent.spec.context.window
-                waits = agent.id in {turn.agent_id for turn in self.waiting_turns()}
+                assert agent.seat is not None
+                assert self.state.pools[agent.pool].context.window == agent.spec.context.window
+                waits = agent.id in self.state.rotation.wanted()
                 assert agent.phase in ((Phase.BUSY,) if waits else (Phase.READY, Phase.BUSY)), f"{agent.id} is {agent.phase}"
 
     # --- waiting ------------------------------------------------------------------------------------------------------
 
-    def waiting_turns(self) -> list[Turn]:
-        return [turn for turn in self.state.rotation.turns.values() if not turn.running]
-
     def _check_that_only_turns_are_waited_for(self) -> None:
-        """Turns run, and nothing else is under way: whoever waits could go on only if one of them ended."""
+        """Turns run, none is about to stop, and nothing else is under way: whoever waits could go on only if one of them ended,
+        or had run its minimum."""
         state, line = self.state, self.state.waitlist.in_order(self._at)
+        if any(turn.pausing or turn.stopping for turn in state.rotation.running()):
+            return
         decision = state.books.decide(line[0].request.agent) if line else None
-        assert decision is None or decision.outcome in (Outcome.WAIT, Outcome.EVICT)
-        clearing = decision is not None and decision.outcome is Outcome.EVICT
-        busy = [agent for agent in state.agents.values() if agent.phase is Phase.BUSY and not agent.guaranteed]
-        if clearing:
-            assert not [agent.id for agent in state.agents.values() if agent.phase is Phase.READY and not agent.guaranteed]
-        limit = state.books.turn_limit_bytes(held_back_bytes=decision.firm_bytes if decision and clearing else 0)
-        taken = sum(state.ledger.size(agent.live.reservation) for agent in busy if agent.live)
-        taken += sum(self._loose_weights_bytes(model) for model in {agent.model_id for agent in busy})
+        assert decision is None or decision.outcome is Outcome.WAIT
+        used = {agent.pool for agent in state.agents.values() if agent.phase is Phase.BUSY and not agent.guaranteed}
+        limit = state.books.turn_limit_bytes()
+        taken = sum(state.ledger.size(state.pools[id].reservation) for id in used)
+        taken += sum(self._loose_weights_bytes(model) for model in {state.pools[id].model_id for id in used})
         for turn in self._heads():
             agent = state.agents[turn.agent_id]
             needed = agent.context_bytes + self._loose_weights_bytes(agent.model_id)
             if turn.unbooked:
                 assert not self._may_grow(agent, turn), f"{turn} waits for a window that it could have"
-            elif agent.phase is not Phase.BUSY and agent.model_id not in {it.model_id for it in busy} and needed <= limit:
-                assert len(busy) >= state.rules.live_contexts or taken + needed > limit, f"{turn} waits for nothing"
+            elif turn.held or agent.guaranteed:
+                continue
+            elif agent.pool in used:
+                pool = state.pools[agent.pool]
+                sitters = [it.phase for it in state.agents.values() if it.seat and it.seat.pool == pool.id]
+                crowded = sitters.count(Phase.BUSY) == pool.context.slots or agent.phase is Phase.BUSY
+                small = pool.context.window <= agent.tokens or (turn.outgrew and pool.context.window < turn.outgrew[0])
+                assert crowded or small, f"{turn} waits for nothing"
+            elif needed <= limit:
+                places = state.rules.live_contexts
+                full = places is not None and len(used) >= places
+                assert full or taken + needed > limit or state.rules.min_turn_s, f"{turn} waits for nothing"
                 return
 
     def _loose_weights_bytes(self, id: ModelId) -> int:
@@ -209,6 +220,7 @@ class Scrutiny:
         assert all(agent.stage is Stage.ADMITTED for agent in state.agents.values())
         assert all(agent.phase in (None, Phase.READY) for agent in state.agents.values())
         assert all(agent.moving_to is None for agent in state.agents.values())
+        assert all(pool.phase is PoolPhase.READY for pool in state.pools.values())
         assert all(model.state in (ModelState.RESIDENT, ModelState.PARKED) for model in state.models.values())
         room, line = state.books.room(), state.waitlist.in_order(self._at)
         assert not room.in_use_bytes or room.firm_bytes + room.in_use_bytes <= room.cap_bytes, "what idles did not give way"
@@ -231,6 +243,8 @@ class Scrutiny:
     def _waits_for_room(self, turn: Turn) -> bool:
         """Whether a turn may wait although nothing goes on: for a window that cannot be booked, or for strangers to go."""
         agent, books = self.state.agents[turn.agent_id], self.state.books
+        if turn.held:
+            return True
         if turn.unbooked:
             return not self._may_grow(agent, turn)
         weights = self._loose_weights_bytes(agent.model_id)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -23,20 +24,26 @@ from conductor.core.events import AgentSpec, RequestId, Rung, TurnId
 from conductor.core.state import Rules, State
 from conductor.errors import (
     ConductorError,
-    ModelLoadFailed,
     NotRunning,
     TurnCancelled,
     TurnQueueFull,
     TurnTimedOut,
     UnknownAgent,
 )
-from conductor.types import AgentId, ContextSpec, DeviceKind, KvPlace, ModelId, ModelKey, OwnerId, ReservationId, ServiceClass
+from conductor.types import (
+    AgentId,
+    ContextSpec,
+    DeviceKind,
+    ModelId,
+    ModelKey,
+    OwnerId,
+    ReservationId,
+    ServiceClass,
+)
+from tests.support.backstage import Backstage
 from tests.support.calls import Call, TurnCall
-from tests.support.paper_engine import PaperEngine, Work
+from tests.support.paper_engine import PaperEngine
 from tests.support.scrutiny import Scrutiny
-
-#: more steps than any story takes: an engine that is asked for more goes round in circles
-ENOUGH_STEPS = 2000
 
 GEOMETRY = Geometry(
     architecture="llama", n_layer=2, n_embd=64, n_head=4, n_kv_heads=(2, 2), head_dim_k=16, head_dim_v=16, n_ff=128,
@@ -45,14 +52,16 @@ GEOMETRY = Geometry(
 )  # fmt: skip
 
 
-def model(name: str, *, weights: int = 100) -> ModelPlan:
-    return ModelPlan(ModelId(f"file-{name}"), ModelKey(name), f"{name}.gguf", DeviceKind.HOST, weights, GEOMETRY)
+def model(name: str, *, weights: int = 100, border: int = 0) -> ModelPlan:
+    """Windows beyond the `border` turn positions otherwise, if there is one."""
+    geometry = dataclasses.replace(GEOMETRY, rotation_changes_at=border)
+    return ModelPlan(ModelId(f"file-{name}"), ModelKey(name), f"{name}.gguf", DeviceKind.HOST, weights, geometry)
 
 
 ALPHA, BETA, GAMMA = model("alpha"), model("beta"), model("gamma")
 
 
-class Stage:
+class Stage(Backstage):
     """See the module's docstring. Requests return the call that waits; what the engine did is said in the past tense."""
 
     def __init__(self, *, cap: int, overhead: int = 0, **rules: Any) -> None:
@@ -91,14 +100,16 @@ class Stage:
         *,
         context: int = 50,
         ladder: tuple[int, ...] = (),
+        slots: int = 1,
         kind: str = "shared",
+        kv_type: str = "f16",
         priority: int = 0,
         may_wait: bool = False,
         owner: str | None = None,
     ) -> Call:
-        rungs = tuple(Rung(window, window) for window in (*ladder, context))
+        rungs = tuple(Rung(window, window, tuple((n, n * window) for n in range(2, slots + 1))) for window in (*ladder, context))
         spec = AgentSpec(
-            AgentId(agent), on, ContextSpec(window=context), rungs, ServiceClass(kind), priority,
+            AgentId(agent), on, ContextSpec(window=context, kv_type=kv_type), rungs, ServiceClass(kind), priority,
             None if owner is None else OwnerId(owner),
         )  # fmt: skip
         return self.request(lambda id: events.RegisterRequested(id, spec, may_wait), owner=owner)
@@ -118,7 +129,7 @@ class Stage:
 
     def runs_out_of_time(self, turn: TurnCall) -> None:
         turn.expired = turn.waits
-        self.hear(events.TurnExpired(self._turn_id_of(turn)))
+        self.hear(events.TurnExpired(self.turn_id_of(turn)))
 
     def asks(self, agent: str) -> TurnCall:
         """A turn, waiting in line."""
@@ -131,6 +142,9 @@ class Stage:
         """A whole turn, with everything that it takes; `tokens` are what the session holds after it."""
         turn = self.asks(agent)
         self.brings_on(turn)
+        while turn.run and turn.run.room < tokens:
+            self.outgrew(turn, tokens=turn.run.room, desired=tokens)
+            self.brings_on(turn)
         self.finished(turn, tokens=tokens)
         self.settle()
         return turn
@@ -140,7 +154,16 @@ class Stage:
         self._works_while(lambda: turn.waits)
 
     def gives_up(self, turn: TurnCall) -> None:
-        self.hear(events.TurnAbandoned(self._turn_id_of(turn)))
+        self.hear(events.TurnAbandoned(self.turn_id_of(turn)))
+
+    def holds(self, turn: TurnCall, held: bool = True) -> None:
+        self.hear(events.TurnHeld(self.turn_id_of(turn), held))
+
+    def cancels(self, agent: str) -> Call:
+        return self.request(lambda id: events.TurnsCancelled(id, AgentId(agent)))
+
+    def is_overdue(self, turn: TurnCall) -> None:
+        self.hear(events.TurnOverdue(self.turn_id_of(turn)))
 
     def unregisters(self, agent: str) -> Call:
         return self.request(lambda id: events.UnregisterRequested(id, AgentId(agent)))
@@ -169,92 +192,6 @@ class Stage:
     def closes_down(self) -> None:
         self.hear(events.Closing(NotRunning()))
 
-    # --- the engine -------------------------------------------------------------------------------------------------
-
-    def loaded(self, plan: ModelPlan, *, weights: int | None = None) -> None:
-        self.engine.take(actions.LoadModel, plan.id)
-        self.engine.weights[plan.id] = measured = plan.weights_bytes if weights is None else weights
-        self.hear(events.ModelLoaded(plan.id, measured))
-
-    def load_failed(self, plan: ModelPlan) -> None:
-        self.engine.take(actions.LoadModel, plan.id)
-        self.hear(events.ModelLoadFailed(plan.id, ModelLoadFailed(plan.path, "it is broken")))
-
-    def unloaded(self, model_id: str) -> None:
-        self.engine.take(actions.UnloadModel, model_id)
-        del self.engine.weights[ModelId(model_id)]
-        self.hear(events.ModelUnloaded(ModelId(model_id)))
-
-    def opened(
-        self, agent: str, *, takes: int | None = None, takes_more: int = 0, kv_lost: bool = False, tells: bool = True
-    ) -> None:
-        """`takes`, or `takes_more`: what the context turned out to take, if not what was booked, and if llama.cpp `tells`."""
-        self.engine.take(actions.OpenContext, agent)
-        id, live = AgentId(agent), self.state.agents[AgentId(agent)].live
-        assert live is not None
-        measured = max(0, self.state.ledger.size(live.reservation) + takes_more) if takes is None else takes
-        restored = self.engine.open(id, measured, kv_lost=kv_lost)
-        self.hear(events.ContextOpened(id, measured if tells else None, restored))
-
-    def open_failed(self, agent: str, error: ConductorError) -> None:
-        self.engine.take(actions.OpenContext, agent)
-        self.engine.fail_to_open(AgentId(agent))
-        self.hear(events.ContextOpenFailed(AgentId(agent), error))
-
-    def closed(self, agent: str, *, save_fails: bool = False) -> None:
-        work = self.engine.take(actions.CloseContext, agent)
-        assert isinstance(work, actions.CloseContext)
-        saved = self.engine.close(work.agent_id, to=KvPlace.TOKENS if save_fails else work.to)
-        self.hear(events.ContextClosed(work.agent_id, work.to if saved else KvPlace.TOKENS, saved))
-
-    def moved(self, agent: str, *, fails: bool = False, takes_s: float = 0.001) -> None:
-        """Its saved KV is on disk now or, if that `fails`, nowhere."""
-        self.engine.take(actions.MoveKv, agent)
-        place = self.engine.move(AgentId(agent), fails=fails)
-        self.hear(events.KvMoved(AgentId(agent), place, takes_s))
-
-    def outgrew(self, turn: TurnCall, *, tokens: int, desired: int | None = None) -> None:
-        """The turn stopped with its session at so many tokens: it needs room for one more, and may need the `desired`."""
-        self.engine.take(actions.RunTurn, turn.agent)
-        id, required = self._turn_id_of(turn), tokens + 1
-        state_bytes = self.engine.stops(AgentId(turn.agent), id, tokens=tokens)
-        turn.run, turn.required_tokens, turn.expired = None, required, False
-        self.hear(events.TurnOutgrew(id, tokens, state_bytes, required, desired or required))
-
-    def finished(self, turn: TurnCall, *, tokens: int = 10, prefill_s_per_token: float | None = None) -> None:
-        self.engine.take(actions.RunTurn, turn.agent)
-        state_bytes = self.engine.ends(AgentId(turn.agent), tokens=tokens)
-        event = events.TurnFinished(self._turn_id_of(turn), tokens, state_bytes, prefill_s_per_token)
-        turn.endings.append(event)
-        self.hear(event)
-
-    def does(self, work: Work) -> None:
-        """The engine does one of the things it was asked for, and it goes as estimated."""
-        match work:
-            case actions.LoadModel(plan):
-                self.loaded(plan)
-            case actions.UnloadModel(model_id):
-                self.unloaded(model_id)
-            case actions.OpenContext(agent_id):
-                self.opened(agent_id)
-            case actions.CloseContext(agent_id):
-                self.closed(agent_id)
-            case actions.RunTurn(turn_id, _, room):
-                self.finished(self.turns[turn_id], tokens=min(10, room))
-            case actions.MoveKv(agent_id):
-                self.moved(agent_id)
-
-    def settle(self) -> None:
-        """The engine does everything it is asked for, in order, until there is nothing left."""
-        self._works_while(lambda: bool(self.engine.todo))
-
-    def _works_while(self, there_is_need: Callable[[], bool]) -> None:
-        for _ in range(ENOUGH_STEPS):
-            if not there_is_need():
-                return
-            self.does(self.engine.todo[0])
-        raise AssertionError(f"the engine goes round in circles: {self.history[-6:]}")
-
     # --- the books --------------------------------------------------------------------------------------------------
 
     @property
@@ -268,7 +205,7 @@ class Stage:
     def picture(self) -> object:
         """Everything that a refused request must leave as it was."""
         state = self.state
-        records = copy.deepcopy((state.agents, state.models, state.rotation.turns, state.books.external))
+        records = copy.deepcopy((state.agents, state.models, state.pools, state.rotation.turns, state.books.external))
         return (
             state.ledger.leases(), state.ledger.snapshot(), state.kv_books.host.leases(), state.kv_books.disk.leases(), records,
             list(state.waitlist), list(self.engine.todo),
@@ -298,7 +235,6 @@ class Stage:
         assert self.engine.todo or not [turn for turn in self.turns.values() if turn.waits and turn.expired]
 
     def _note(self, action: actions.Action) -> None:
-        self.engine.guaranteed = {id for id, agent in self.state.agents.items() if agent.guaranteed}
         match action:
             case actions.RunTurn(turn_id, agent_id, room):
                 turn = self.turns[turn_id]
@@ -307,9 +243,18 @@ class Stage:
                 assert room >= turn.required_tokens
                 turn.run = action
                 self.engine.ask(action)
-            case actions.StopTurn(turn_id):
+            case actions.StopTurn(turn_id, _, reason):
                 assert self.turns[turn_id].runs
-                self.turns[turn_id].stopped = True
+                self.turns[turn_id].stopped = reason
+            case actions.PauseTurn(turn_id):
+                assert self.turns[turn_id].runs
+                self.turns[turn_id].pausing = True
+            case actions.EndTurn(turn_id, agent_id):
+                assert self.turns[turn_id].waits
+                self.turns[turn_id].endings.append(action)
+                standing = self.engine.suspended.get(agent_id)
+                if standing is not None and standing.turn_id == turn_id:
+                    self.engine.ends_standing(agent_id)
             case actions.FailTurn(turn_id, error):
                 assert self.turns[turn_id].waits
                 self.turns[turn_id].endings.append(action)
@@ -320,7 +265,9 @@ class Stage:
                 self.engine.drop_kv(agent_id)
             case actions.DropTurn(agent_id):
                 self.engine.drop_turn(agent_id)
-            case actions.LoadModel() | actions.UnloadModel() | actions.OpenContext() | actions.CloseContext() | actions.MoveKv():
+            case actions.LoadModel() | actions.UnloadModel() | actions.MoveKv():
+                self.engine.ask(action)
+            case actions.OpenPool() | actions.ClosePool() | actions.TakeSeat() | actions.LeaveSeat():
                 self.engine.ask(action)
             case _:
                 call = self.calls[action.request_id]
@@ -349,7 +296,8 @@ class Stage:
             self.settle()
         assert self.booked == self.overhead
         assert not self.engine.weights
-        assert not self.engine.places
+        assert not self.engine.pools
+        assert not self.engine.seats
         assert not self.engine.saved
         assert not self.state.kv_books.host.allocated_bytes
         assert not self.state.kv_books.disk.allocated_bytes
@@ -358,9 +306,6 @@ class Stage:
 
     def _id_of(self, call: Call) -> RequestId:
         return next(id for id, known in self.calls.items() if known is call)
-
-    def _turn_id_of(self, turn: TurnCall) -> TurnId:
-        return next(id for id, known in self.turns.items() if known is turn)
 
 
 @contextlib.contextmanager

@@ -1,8 +1,8 @@
 """Small GGUF files with random weights that llama.cpp loads, tokenises with and decodes: real format, no meaning.
 
-Covers llama, qwen2, gemma3 (sliding window) and mamba (recurrent), one byte-level BPE vocabulary for all, so any UTF-8
-text has tokens. `hollow=True` leaves the tensor data a hole in the file: a true geometry of any size in a few megabytes
-of disk, good for headers and dry runs, not for decoding.
+Covers llama, qwen2, gemma3 (sliding window), mamba (recurrent) and jamba (every other layer recurrent), one byte-level BPE
+vocabulary for all, so any UTF-8 text has tokens. `hollow=True` leaves the tensor data a hole in the file: a true geometry
+of any size in a few megabytes of disk, good for headers and dry runs, not for decoding.
 """
 
 from __future__ import annotations
@@ -45,6 +45,13 @@ class Shape:
     @property
     def mamba(self) -> bool:
         return self.architecture == "mamba"
+
+    @property
+    def recurrent(self) -> bool:
+        return self.architecture in ("mamba", "jamba")
+
+    def attends(self, layer: int) -> bool:
+        return layer % 2 == 1 if self.architecture == "jamba" else not self.mamba
 
 
 def write_tiny_gguf(
@@ -90,17 +97,19 @@ def _add_sizes(writer: gguf.GGUFWriter, shape: Shape, *, trained_window: int, sl
     writer.add_block_count(shape.n_layer)
     writer.add_vocab_size(shape.n_vocab)
     writer.add_layer_norm_rms_eps(1e-5)
-    if shape.mamba:
-        writer.add_feed_forward_length(0)
-        writer.add_head_count(0)
+    if shape.recurrent:
         writer.add_ssm_conv_kernel(MAMBA_CONV)
         writer.add_ssm_inner_size(2 * shape.n_embd)
         writer.add_ssm_state_size(MAMBA_STATE)
         writer.add_ssm_time_step_rank(_mamba_rank(shape))
+    if shape.mamba:
+        writer.add_feed_forward_length(0)
+        writer.add_head_count(0)
         return
     writer.add_feed_forward_length(shape.n_ff)
     writer.add_head_count(shape.n_head)
-    writer.add_head_count_kv(shape.n_kv_head)
+    kv_heads = [shape.n_kv_head if shape.attends(layer) else 0 for layer in range(shape.n_layer)]
+    writer.add_head_count_kv(kv_heads if shape.recurrent else shape.n_kv_head)
     writer.add_key_length(shape.head_dim)
     writer.add_value_length(shape.head_dim)
     writer.add_rope_dimension_count(shape.head_dim)
@@ -151,12 +160,15 @@ def _tensors(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
     if not shape.tied:
         yield "output.weight", (shape.n_vocab, shape.n_embd)
     for layer in range(shape.n_layer):
-        for name, dims in _mamba_layer(shape) if shape.mamba else _attention_layer(shape):
+        parts = [*(_attention_layer(shape) if shape.attends(layer) else _mamba_layer(shape))]
+        if not shape.mamba:
+            parts += _feed_forward(shape)
+        for name, dims in parts:
             yield f"blk.{layer}.{name}", dims
 
 
 def _attention_layer(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
-    n_embd, n_ff = shape.n_embd, shape.n_ff
+    n_embd = shape.n_embd
     widths = {"q": shape.n_head * shape.head_dim, "k": shape.n_kv_head * shape.head_dim, "v": shape.n_kv_head * shape.head_dim}
     yield "attn_norm.weight", (n_embd,)
     for part, width in widths.items():
@@ -169,10 +181,13 @@ def _attention_layer(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield "attn_k_norm.weight", (shape.head_dim,)
         yield "post_attention_norm.weight", (n_embd,)
         yield "post_ffw_norm.weight", (n_embd,)
-    yield "ffn_norm.weight", (n_embd,)
-    yield "ffn_gate.weight", (n_ff, n_embd)
-    yield "ffn_up.weight", (n_ff, n_embd)
-    yield "ffn_down.weight", (n_embd, n_ff)
+
+
+def _feed_forward(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield "ffn_norm.weight", (shape.n_embd,)
+    yield "ffn_gate.weight", (shape.n_ff, shape.n_embd)
+    yield "ffn_up.weight", (shape.n_ff, shape.n_embd)
+    yield "ffn_down.weight", (shape.n_embd, shape.n_ff)
 
 
 def _mamba_layer(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -182,6 +197,10 @@ def _mamba_layer(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield "ssm_conv1d.weight", (n_inner, MAMBA_CONV)
     yield "ssm_conv1d.bias", (n_inner,)
     yield "ssm_x.weight", (rank + 2 * MAMBA_STATE, n_inner)
+    if not shape.mamba:
+        yield "ssm_dt_norm.weight", (rank,)
+        yield "ssm_b_norm.weight", (MAMBA_STATE,)
+        yield "ssm_c_norm.weight", (MAMBA_STATE,)
     yield "ssm_dt.weight", (n_inner, rank)
     yield "ssm_dt.bias", (n_inner,)
     yield "ssm_a", (n_inner, MAMBA_STATE)

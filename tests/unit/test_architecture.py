@@ -22,7 +22,7 @@ PACKAGES = ("conductor", "actors", "pipelines")
 ROOMS = {
     "ray": ("actors/", "pipelines/"),
     "llama_cpp": (
-        "conductor/backend/llama.py",
+        "conductor/backend/llama/",
         "conductor/backend/dry_run.py",
         "conductor/backend/layer_ring.py",
     ),

@@ -103,6 +103,6 @@ def test_no_budget_is_ever_exceeded_and_with_room_for_all_nothing_is_ever_lost(
 @pytest.mark.parametrize(("host_bytes", "disk_bytes"), [(0, 0), (0, 1000)])
 def test_without_host_memory_everybody_still_has_their_turns(host_bytes: int, disk_bytes: int) -> None:
     for stage in random_conversations(Random(1), host_bytes=host_bytes, disk_bytes=disk_bytes):
-        places = {agent.place for agent in stage.state.agents.values() if agent.live is None}
+        places = {agent.place for agent in stage.state.agents.values() if agent.seat is None}
         assert places <= {KvPlace.TOKENS, KvPlace.DISK if disk_bytes else KvPlace.TOKENS}
     assert all(turn.endings for turn in stage.turns.values())

@@ -6,7 +6,7 @@ Windows have the prices of the formula here, so a story's bytes are those of a s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 from hypothesis import assume, settings
@@ -18,15 +18,9 @@ from conductor.core.events import AgentSpec, RegisterRequested, Rung
 from conductor.errors import AdmissionRefused, RefusalCode
 from conductor.types import AgentId, ContextSpec, DeviceKind, ServiceClass
 from tests.support.calls import Call
-from tests.support.stories import ALPHA, BETA, GAMMA, GEOMETRY, Stage, model, stages
+from tests.support.stories import ALPHA, BETA, GAMMA, GEOMETRY, Stage, model
 
 HEAVY = model("heavy", weights=1 << 20)
-
-
-@pytest.fixture
-def given() -> Iterator[Callable[..., Stage]]:
-    with stages() as raise_the_curtain:
-        yield raise_the_curtain
 
 
 def price(window: int) -> int:

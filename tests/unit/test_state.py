@@ -7,7 +7,7 @@ Shared agents, mostly. See also: `test_state_room.py`, `test_state_classes.py`, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
@@ -21,14 +21,7 @@ from conductor.errors import (
     UnknownReservation,
 )
 from conductor.types import Kind
-from tests.support.stories import ALPHA, BETA, GAMMA, Stage, model, stages
-
-
-@pytest.fixture
-def given() -> Iterator[Callable[..., Stage]]:
-    with stages() as raise_the_curtain:
-        yield raise_the_curtain
-
+from tests.support.stories import ALPHA, BETA, GAMMA, Stage, model
 
 # --- booking ----------------------------------------------------------------------------------------------------------
 
@@ -92,7 +85,7 @@ def test_every_booked_byte_has_a_holder_and_a_kind(given: Callable[..., Stage]) 
         ("process", Kind.OVERHEAD, 7),
         ("alpha", Kind.WEIGHTS, 100),
         ("trainer", Kind.EXTERNAL, 40),
-        ("a", Kind.CONTEXT, 50),
+        ("alpha", Kind.CONTEXT, 50),
     ]
     stage.finished(turn)
 

@@ -5,20 +5,14 @@ See also: `test_state_guaranteed.py`; shared agents are everywhere else.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
 from conductor.core import actions
 from conductor.errors import AdmissionRefused, ModelLoadFailed, RefusalCode, TurnCancelled, TurnTimedOut
 from conductor.types import ModelId, ModelState
-from tests.support.stories import ALPHA, BETA, GAMMA, Stage, model, stages
-
-
-@pytest.fixture
-def given() -> Iterator[Callable[..., Stage]]:
-    with stages() as raise_the_curtain:
-        yield raise_the_curtain
+from tests.support.stories import ALPHA, BETA, GAMMA, Stage, model
 
 
 @pytest.fixture
@@ -63,7 +57,7 @@ def test_its_first_turn_loads_its_model_and_then_opens_its_context(pair: Stage) 
     turn = pair.asks("a")
     assert pair.engine.todo == [actions.LoadModel(ALPHA)]
     pair.loaded(ALPHA)
-    assert [type(work) for work in pair.engine.todo] == [actions.OpenContext]
+    assert [type(work) for work in pair.engine.todo] == [actions.OpenPool]
     pair.opened("a")
     assert turn.runs
     assert pair.booked == 150
@@ -85,7 +79,7 @@ def test_a_turn_of_another_model_closes_parks_loads_and_opens_in_that_order(pair
     while turn.waits:
         done.append(type(pair.engine.todo[0]).__name__)
         pair.does(pair.engine.todo[0])
-    assert done == ["CloseContext", "UnloadModel", "LoadModel", "OpenContext"]
+    assert done == ["LeaveSeat", "ClosePool", "UnloadModel", "LoadModel", "OpenPool", "TakeSeat"]
     assert turn.evidence == ("a", False, 20)
     assert state_of(pair, ALPHA.id) is ModelState.PARKED
     pair.settle()
@@ -292,7 +286,7 @@ def test_when_the_last_shared_agent_leaves_the_weights_stay_but_only_while_nobod
     stage.converses("c")
     assert state_of(stage, ALPHA.id) is ModelState.RESIDENT, "b's context had to go, and that was enough"
     stage.has("d", BETA, context=51)
-    stage.converses("d")
+    stage.converses("d", tokens=51)
     assert state_of(stage, ALPHA.id) is ModelState.PARKED
 
 

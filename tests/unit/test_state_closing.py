@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
 from conductor.core import actions
 from conductor.errors import NotRunning, TurnCancelled
 from conductor.types import AgentId, KvPlace
-from tests.support.stories import ALPHA, BETA, GAMMA, Stage, stages
-
-
-@pytest.fixture
-def given() -> Iterator[Callable[..., Stage]]:
-    with stages() as raise_the_curtain:
-        yield raise_the_curtain
+from tests.support.stories import ALPHA, BETA, GAMMA, Stage
 
 
 def test_everybody_leaves_and_every_byte_comes_back(given: Callable[..., Stage]) -> None:
@@ -40,7 +34,7 @@ def test_a_turn_that_runs_is_asked_to_stop_and_those_that_wait_are_over(given: C
     assert running.stopped
     waiting.failed_with(TurnCancelled)
     stage.finished(running)
-    assert actions.CloseContext(AgentId("a"), KvPlace.TOKENS) in stage.engine.todo
+    assert actions.LeaveSeat(AgentId("a"), KvPlace.TOKENS) in stage.engine.todo
     stage.settle()
     assert stage.agents == []
 

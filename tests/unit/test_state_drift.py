@@ -5,7 +5,7 @@ What may be booked is nine tenths of what there is, so the physical limit is a n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
@@ -13,15 +13,9 @@ from conductor.core import actions
 from conductor.core.sessions import Phase
 from conductor.errors import AdmissionRefused, RefusalCode, TurnTimedOut
 from conductor.types import AgentId, KvPlace, ModelState
-from tests.support.stories import ALPHA, BETA, GAMMA, Stage, model, stages
+from tests.support.stories import ALPHA, BETA, GAMMA, Stage, model
 
 A, B, Z = AgentId("a"), AgentId("b"), AgentId("z")
-
-
-@pytest.fixture
-def given() -> Iterator[Callable[..., Stage]]:
-    with stages() as raise_the_curtain:
-        yield raise_the_curtain
 
 
 @pytest.fixture
@@ -53,7 +47,7 @@ def test_strangers_in_free_memory_disturb_nobody(crew: Stage) -> None:
 
 def test_best_effort_agents_give_way_first_their_context_and_then_their_weights(crew: Stage) -> None:
     crew.reads_device(strangers=451)
-    assert crew.engine.todo == [actions.CloseContext(Z, KvPlace.HOST)]
+    assert crew.engine.todo == [actions.LeaveSeat(Z, KvPlace.HOST)]
     crew.settle()
     assert crew.booked == 400
     crew.reads_device(strangers=501)
@@ -77,7 +71,7 @@ def test_idle_shared_agents_give_way_next_used_longest_ago_first(crew: Stage) ->
     crew.converses("a")
     assert live(crew) == ["b", "a"] or live(crew) == ["a", "b"]
     crew.reads_device(strangers=601)
-    assert crew.engine.todo == [actions.CloseContext(B, KvPlace.HOST)]
+    assert crew.engine.todo == [actions.LeaveSeat(B, KvPlace.HOST)]
     crew.settle()
     assert crew.booked == 250, "one turn of theirs is promised still"
 
@@ -86,8 +80,8 @@ def test_whoever_runs_goes_on(crew: Stage) -> None:
     running = crew.asks("z")
     crew.reads_device(strangers=800)
     assert [work for work in crew.engine.todo if not isinstance(work, actions.RunTurn)] == [
-        actions.CloseContext(A, KvPlace.HOST),
-        actions.CloseContext(B, KvPlace.HOST),
+        actions.LeaveSeat(A, KvPlace.HOST),
+        actions.LeaveSeat(B, KvPlace.HOST),
     ]
     assert running.runs
     assert not running.stopped
@@ -173,11 +167,12 @@ def test_a_context_that_was_opened_for_a_turn_is_not_closed_before_the_turn_had_
     stage.opened("a")
     assert turn.runs, "600 bytes are needed, 550 may be booked, 650 are there"
     stage.finished(turn)
-    assert stage.engine.todo == [actions.CloseContext(A, KvPlace.HOST)]
+    assert stage.engine.todo == [actions.LeaveSeat(A, KvPlace.HOST)]
 
 
 def test_what_is_not_physically_there_is_waited_for_and_whoever_fits_goes_on(crew: Stage) -> None:
     crew.has("c", ALPHA, context=150)
+    crew.converses("c", tokens=150)
     crew.reads_device(strangers=700)
     crew.settle()
     too_large, fits = crew.asks("c"), crew.asks("a")
@@ -268,7 +263,7 @@ def test_a_best_effort_agent_that_waits_to_grow_gives_way_too(given: Callable[..
     stage.outgrew(turn, tokens=50)
     assert (turn.waits, stage.engine.todo) == (True, [])
     stage.reads_device(strangers=150)
-    assert stage.engine.todo == [actions.CloseContext(Z, KvPlace.HOST)]
+    assert stage.engine.todo == [actions.LeaveSeat(Z, KvPlace.HOST)]
     stage.settle()
     assert turn.waits
     stage.reads_device()

@@ -5,24 +5,18 @@ See also: `test_state_shrinking.py`, for what is given back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
 from conductor.core import actions
 from conductor.errors import AdmissionRefused, DecodeFailed, RefusalCode, TurnCancelled, TurnTimedOut, WindowRefused
-from conductor.types import AgentId, ContextSpec, KvPlace
+from conductor.types import AgentId, FinishReason, KvPlace
 from tests.support.calls import TurnCall
-from tests.support.stories import ALPHA, BETA, Stage, stages
+from tests.support.stories import ALPHA, BETA, Stage
 
 A = AgentId("a")
 LADDER = (20, 40)
-
-
-@pytest.fixture
-def given() -> Iterator[Callable[..., Stage]]:
-    with stages() as raise_the_curtain:
-        yield raise_the_curtain
 
 
 @pytest.fixture
@@ -71,7 +65,7 @@ def test_an_agent_costs_its_first_window_until_it_uses_more(given: Callable[...,
     stage.loaded(ALPHA)
     assert (call.admission.context_bytes, call.admission.charged_bytes) == (20, 120)
     turn = stage.asks("a")
-    assert stage.engine.todo == [actions.OpenContext(A, ContextSpec(20), ALPHA.id)]
+    assert stage.engine.todo == [stage.opening("a", window=20)]
     stage.opened("a")
     assert turn.run is not None
     assert turn.run.room == 20
@@ -81,9 +75,9 @@ def test_an_agent_costs_its_first_window_until_it_uses_more(given: Callable[...,
 def test_a_larger_window_is_booked_then_made_then_the_turn_goes_on(free: Stage) -> None:
     turn = stopped_turn(free)
     assert free.booked == 100 + 40, "before anything is closed"
-    assert free.engine.todo == [actions.CloseContext(A, KvPlace.HOST)]
+    assert free.engine.todo == [actions.LeaveSeat(A, KvPlace.HOST)]
     free.closed("a")
-    assert free.engine.todo == [actions.OpenContext(A, ContextSpec(40), ALPHA.id)]
+    assert free.engine.todo == [free.opening("a", window=40)]
     free.opened("a")
     assert turn.run is not None
     assert (turn.run.room, turn.run.growths) == (40, 1)
@@ -109,7 +103,7 @@ def test_it_grows_as_often_as_it_must(free: Stage) -> None:
 def test_it_gets_the_smallest_window_that_the_turn_may_need_until_its_end(free: Stage, desired: int, room: int) -> None:
     turn = stopped_turn(free, desired=desired)
     free.closed("a")
-    assert free.engine.todo == [actions.OpenContext(A, ContextSpec(room), ALPHA.id)]
+    assert free.engine.todo == [free.opening("a", window=room)]
     free.settle()
     assert turn.endings
 
@@ -131,7 +125,7 @@ def test_growth_makes_idle_contexts_of_others_leave(given: Callable[..., Stage])
     stage.has("b", BETA, context=40)
     stage.converses("b", tokens=10)
     turn = stopped_turn(stage)
-    assert stage.engine.todo == [actions.CloseContext(A, KvPlace.HOST), actions.CloseContext(AgentId("b"), KvPlace.HOST)]
+    assert stage.engine.todo == [actions.LeaveSeat(AgentId("b"), KvPlace.HOST), actions.LeaveSeat(A, KvPlace.HOST)]
     stage.settle()
     assert turn.evidence[0] == "b"
     assert stage.booked == 240, "one turn of 40 bytes is promised, whoever's it is"
@@ -227,7 +221,7 @@ def test_while_it_waits_others_have_their_turns_in_its_place_and_it_comes_back_w
     assert stage.converses("b").evidence == ("a", False, 40)
     release_the_trainer(stage)
     stage.closed("b")
-    assert stage.engine.todo == [actions.OpenContext(A, ContextSpec(40), ALPHA.id)]
+    assert stage.engine.todo == [stage.opening("a", window=40)]
     stage.opened("a")
     assert turn.evidence == ("b", False, 20 + 40)
     stage.finished(turn)
@@ -317,7 +311,7 @@ def test_a_turn_that_was_asked_to_stop_and_outgrew_its_window_instead_is_over(fr
     free.gives_up(turn)
     assert turn.stopped
     free.outgrew(turn, tokens=20)
-    turn.failed_with(TurnCancelled)
+    assert turn.ended_for is FinishReason.CANCELLED
     assert session_of_a(free) == (8, 20)
     assert free.engine.todo == []
 

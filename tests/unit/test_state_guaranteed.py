@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
 from conductor.core import actions
 from conductor.core.sessions import Phase
 from conductor.errors import DecodeFailed, DuplicateAgent, ModelLoadFailed, RefusalCode, TurnQueueFull, TurnTimedOut, UnknownAgent
-from conductor.types import AgentId, ContextSpec, Kind, ModelState
-from tests.support.stories import ALPHA, BETA, GAMMA, Stage, model, stages
+from conductor.types import AgentId, Kind, ModelState
+from tests.support.stories import ALPHA, BETA, GAMMA, Stage, model
 
 G = AgentId("g")
-
-
-@pytest.fixture
-def given() -> Iterator[Callable[..., Stage]]:
-    with stages() as raise_the_curtain:
-        yield raise_the_curtain
 
 
 @pytest.fixture
@@ -40,7 +34,7 @@ def test_its_model_is_loaded_and_its_context_made_before_it_is_told(given: Calla
     assert stage.booked == 180, "all of it, at once"
     stage.loaded(ALPHA)
     assert call.waits
-    assert stage.engine.todo == [actions.OpenContext(G, ContextSpec(80), ALPHA.id)]
+    assert stage.engine.todo == [stage.opening("g", window=80)]
     stage.opened("g")
     told = call.admission
     assert (told.weights_bytes, told.context_bytes, told.charged_bytes, told.model_loaded) == (100, 80, 180, True)
@@ -252,18 +246,21 @@ def test_its_arrival_swaps_and_parks_idle_best_effort_memory_and_ends_nobody(lod
     assert lodging.converses("b", tokens=12).evidence == ("a", True, 24 + 20)
 
 
-def test_its_arrival_waits_for_a_best_effort_turn_that_runs_beyond_the_promise(lodging: Stage) -> None:
+def test_its_arrival_makes_a_best_effort_turn_stand_still_that_runs_beyond_the_promise_and_no_more(lodging: Stage) -> None:
     running = [lodging.asks("a"), lodging.asks("b")]
-    assert lodging.registers("g", GAMMA, context=50, kind="guaranteed").refusal.code is RefusalCode.CAP
-    call = lodging.registers("h", GAMMA, context=50, kind="guaranteed", may_wait=True)
-    assert [type(work) for work in lodging.engine.todo] == [actions.RunTurn, actions.RunTurn], "nobody is stopped"
-    lodging.finished(running[0])
+    call = lodging.registers("g", GAMMA, context=50, kind="guaranteed")
+    assert [turn.pausing for turn in running] == [True, False], "one of them with its weights is enough"
+    lodging.paused(running[0], tokens=15)
     while call.waits:
         (work,) = [work for work in lodging.engine.todo if not isinstance(work, actions.RunTurn)]
         lodging.does(work)
     assert call.is_admitted
     assert running[1].runs
+    assert running[0].waits, "what is promised to both is used by the other"
     lodging.finished(running[1])
+    lodging.settle()
+    assert running[0].run is not None
+    assert running[0].run.pauses == 1
 
 
 def test_what_was_promised_to_best_effort_agents_is_theirs(lodging: Stage) -> None:

@@ -5,23 +5,17 @@ A token's KV is 2 bytes here, so a conversation of 10 tokens is 20 bytes. Before
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
 from conductor.core import actions
 from conductor.errors import DecodeFailed, TurnTimedOut
 from conductor.types import AgentId, KvPlace
-from tests.support.stories import Stage, model, stages
+from tests.support.stories import Stage, model
 
 A, B, C, D = (AgentId(name) for name in "abcd")
 PLANS = {name: model(f"model of {name}", weights=10) for name in "abcdef"}
-
-
-@pytest.fixture
-def given() -> Iterator[Callable[..., Stage]]:
-    with stages() as raise_the_curtain:
-        yield raise_the_curtain
 
 
 def crew(given: Callable[..., Stage], *, host: int, disk: int = 0, agents: str = "abcd") -> Stage:
@@ -48,7 +42,7 @@ def test_the_place_is_booked_before_the_context_closes(given: Callable[..., Stag
     stage = crew(given, host=100)
     stage.converses("a", tokens=10)
     stage.asks("b")
-    assert stage.engine.todo == [actions.CloseContext(A, KvPlace.HOST)]
+    assert stage.engine.todo == [actions.LeaveSeat(A, KvPlace.HOST)]
     assert booked(stage) == (20, 0)
     stage.settle()
 
@@ -70,7 +64,7 @@ def test_a_context_is_not_closed_before_there_is_room_for_its_kv(given: Callable
     assert booked(stage) == (40, 20), "the file is booked, and so are the bytes until it is written"
     stage.moved("a")
     assert booked(stage) == (40, 20)
-    assert stage.engine.todo == [actions.CloseContext(C, KvPlace.HOST)]
+    assert stage.engine.todo == [actions.LeaveSeat(C, KvPlace.HOST)]
     stage.settle()
     assert turn.evidence == ("c", False, 20), "a's move is not this turn's"
 
@@ -99,7 +93,7 @@ def test_two_that_close_at_once_have_one_leave_for_each(given: Callable[..., Sta
     stage.asks("f")
     assert stage.engine.todo == [actions.MoveKv(A), actions.MoveKv(B)]
     stage.moved("b")
-    assert stage.engine.todo[1:] == [actions.CloseContext(C, KvPlace.HOST)]
+    assert stage.engine.todo[1:] == [actions.LeaveSeat(C, KvPlace.HOST)]
     stage.settle()
     assert booked(stage) == (40, 40)
 
@@ -118,7 +112,7 @@ def test_what_is_larger_than_all_of_host_memory_goes_to_disk_at_once_and_moves_n
     stage.converses("a", tokens=10)
     stage.converses("b", tokens=21)
     stage.asks("c")
-    assert stage.engine.todo == [actions.CloseContext(B, KvPlace.DISK)]
+    assert stage.engine.todo == [actions.LeaveSeat(B, KvPlace.DISK)]
     assert booked(stage) == (20, 42)
     stage.settle()
 
@@ -132,7 +126,7 @@ def test_without_room_on_disk_it_is_dropped_at_once_and_computed_again(given: Ca
     for agent in "abc":
         stage.converses(agent, tokens=10)
     stage.asks("d")
-    assert stage.engine.todo == [actions.CloseContext(C, KvPlace.HOST)], "nothing to wait for"
+    assert stage.engine.todo == [actions.LeaveSeat(C, KvPlace.HOST)], "nothing to wait for"
     assert places(stage)["a"] is KvPlace.TOKENS
     stage.settle()
     assert stage.state.agents[A].tokens == 10, "the conversation is kept"
@@ -174,7 +168,7 @@ def test_what_is_larger_than_both_is_dropped_and_moves_nobody(given: Callable[..
     stage.converses("a", tokens=10)
     stage.converses("b", tokens=21)
     stage.asks("c")
-    assert stage.engine.todo == [actions.CloseContext(B, KvPlace.TOKENS)]
+    assert stage.engine.todo == [actions.LeaveSeat(B, KvPlace.TOKENS)]
     assert booked(stage) == (20, 0)
     stage.settle()
 
@@ -233,7 +227,7 @@ def test_whoever_has_a_turn_waiting_keeps_its_kv_and_the_one_that_leaves_goes_el
     stage.converses("a", tokens=10)
     stage.converses("b", tokens=10)
     turn = stage.asks("a")
-    assert stage.engine.todo == [actions.CloseContext(B, KvPlace.DISK)], "not a's KV for b's, only to want it back"
+    assert stage.engine.todo == [actions.LeaveSeat(B, KvPlace.DISK)], "not a's KV for b's, only to want it back"
     stage.settle()
     assert turn.evidence[1]
 
@@ -279,9 +273,9 @@ def test_whoever_comes_back_leaves_its_place_to_the_one_that_goes(given: Callabl
     stage.settle()
     stage.converses("b", tokens=10)
     back, leads_to_close = stage.asks("a"), stage.asks("c")
-    assert [type(work) for work in stage.engine.todo] == [actions.OpenContext], "b waits for the place that a gives up"
+    assert [type(work) for work in stage.engine.todo] == [actions.TakeSeat], "b waits for the place that a gives up"
     stage.opened("a")
-    assert actions.CloseContext(B, KvPlace.HOST) in stage.engine.todo
+    assert actions.LeaveSeat(B, KvPlace.HOST) in stage.engine.todo
     stage.settle()
     assert back.evidence[1]
     assert leads_to_close.evidence[0] == "b"
@@ -295,8 +289,10 @@ def test_nobody_else_leaves_for_the_place_that_somebody_gives_up(given: Callable
         stage.converses(agent, tokens=10)
     stage.unregisters("c")
     stage.settle()
-    back, other = stage.asks("a"), stage.asks("e")
-    assert [type(work) for work in stage.engine.todo] == [actions.OpenContext], "d waits for a's place, and b stays"
+    back = stage.asks("a")
+    stage.pool_opened(stage.pool_of("a"))
+    other = stage.asks("e")
+    assert [type(work) for work in stage.engine.todo] == [actions.TakeSeat], "d waits for a's place, and b stays"
     stage.settle()
     assert back.evidence[1]
     assert other.evidence[0] == "d"
@@ -342,7 +338,7 @@ def test_an_agent_that_leaves_while_its_context_waits_for_room_takes_its_kv_alon
         stage.converses(agent, tokens=10)
     turn = stage.asks("c")
     leaving = stage.unregisters("b")
-    assert stage.engine.todo == [actions.MoveKv(A), actions.CloseContext(B, KvPlace.TOKENS)]
+    assert stage.engine.todo == [actions.MoveKv(A), actions.LeaveSeat(B, KvPlace.TOKENS)]
     stage.settle()
     assert leaving.is_done
     assert turn.endings

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
@@ -10,15 +10,9 @@ from conductor.core import actions
 from conductor.errors import DecodeFailed, TurnCancelled, UnknownAgent
 from conductor.types import AgentId, KvPlace
 from tests.support.calls import Call, TurnCall
-from tests.support.stories import ALPHA, BETA, Stage, stages
+from tests.support.stories import ALPHA, BETA, Stage
 
 A = AgentId("a")
-
-
-@pytest.fixture
-def given() -> Iterator[Callable[..., Stage]]:
-    with stages() as raise_the_curtain:
-        yield raise_the_curtain
 
 
 @pytest.fixture
@@ -63,7 +57,7 @@ def test_leaving_with_nothing_live(pair: Stage, leave: Leave) -> None:
 def test_leaving_with_an_idle_live_context_closes_it_unsaved(pair: Stage, leave: Leave) -> None:
     pair.converses("a")
     leaving = leave(pair)
-    assert pair.engine.todo == [actions.CloseContext(A, KvPlace.TOKENS)]
+    assert pair.engine.todo == [actions.LeaveSeat(A, KvPlace.TOKENS)]
     assert_a_is_gone(pair, leaving)
 
 
@@ -96,7 +90,7 @@ def test_leaving_while_its_turn_runs_stops_the_turn_and_waits_for_its_step(pair:
     next_turn.failed_with(TurnCancelled)
     assert [type(work) for work in pair.engine.todo] == [actions.RunTurn], "a context is not closed under a step"
     pair.finished(running)
-    assert pair.engine.todo == [actions.CloseContext(A, KvPlace.TOKENS)]
+    assert pair.engine.todo == [actions.LeaveSeat(A, KvPlace.TOKENS)]
     assert_a_is_gone(pair, leaving)
 
 
@@ -106,7 +100,7 @@ def test_leaving_while_its_context_opens_closes_it_once_it_is_there(pair: Stage,
     leaving = leave(pair)
     turn.failed_with(TurnCancelled)
     pair.opened("a")
-    assert pair.engine.todo == [actions.CloseContext(A, KvPlace.TOKENS)]
+    assert pair.engine.todo == [actions.ClosePool(pair.pool_of("a"))]
     assert_a_is_gone(pair, leaving)
 
 
@@ -135,7 +129,7 @@ def test_leaving_while_its_context_closes_for_another(pair: Stage, leave: Leave)
     pair.converses("a")
     turn = pair.asks("b")
     leaving = leave(pair)
-    assert pair.engine.todo == [actions.CloseContext(A, KvPlace.HOST)]
+    assert pair.engine.todo == [actions.LeaveSeat(A, KvPlace.HOST)]
     pair.closed("a")
     assert turn.waits
     assert_a_is_gone(pair, leaving)

@@ -17,7 +17,7 @@ from typing_extensions import assert_never
 from conductor.core import actions
 from conductor.core.estimate import ModelPlan
 from conductor.errors import AdmissionRefused, DecodeFailed
-from conductor.types import AgentId
+from conductor.types import AgentId, PoolId
 from tests.support.calls import TurnCall
 from tests.support.stories import Stage, model
 
@@ -38,7 +38,8 @@ class RandomWorld:
         self.models = [model(name, weights=weights) for name, weights in zip("klmn", (100, 100, 150, 420), strict=True)]
         self.stage = Stage(
             cap=self.random.choice([250, 400, 500, 900]),
-            live_contexts=self.random.choice([1, 1, 2, 3]),
+            live_contexts=self.random.choice([1, 1, 2, None]),
+            min_turn_s=self.random.choice([0.0, 0.0, 1.0]),
             waitlist_limit=self.random.choice([0, 2, 5]),
             overhead=self.random.choice([0, 20]),
             host_bytes=self.random.choice([0, 40, 100, 1000]),
@@ -63,6 +64,10 @@ class RandomWorld:
             (self.time_passes, 4),
             (self.strangers_come_and_go, 2),
             (self.a_turn_runs_out_of_time, 2),
+            (self.a_turn_is_overdue, 2),
+            (self.an_agent_is_cancelled, 2),
+            (self.a_reader_falls_behind_or_catches_up, 2),
+            (self.turns_progress, 4),
         ]
 
     def step(self) -> None:
@@ -79,7 +84,9 @@ class RandomWorld:
             self.random.choice(self.models),
             context=window,
             ladder=self.random.choice([(), ladder]),
+            slots=self.random.choice([1, 2, 4]),
             kind=self.random.choice(CLASSES),
+            kv_type=self.random.choice(["f16", "f16", "f16", "q8_0"]),
             priority=self.random.choice([-1, 0, 0, 0, 1]),
             may_wait=self.random.random() < 0.5,
             owner=self.random.choice(OWNERS),
@@ -102,6 +109,20 @@ class RandomWorld:
     def a_turn_runs_out_of_time(self) -> None:
         if turns := [turn for turn in self.stage.turns.values() if not turn.endings]:
             self.stage.runs_out_of_time(self.random.choice(turns))
+
+    def a_turn_is_overdue(self) -> None:
+        if turns := [turn for turn in self.stage.turns.values() if not turn.endings]:
+            self.stage.is_overdue(self.random.choice(turns))
+
+    def an_agent_is_cancelled(self) -> None:
+        self.stage.cancels(self.random.choice(AGENTS))
+
+    def a_reader_falls_behind_or_catches_up(self) -> None:
+        if turns := [turn for turn in self.stage.turns.values() if not turn.endings]:
+            self.stage.holds(self.random.choice(turns), self.random.random() < 0.5)
+
+    def turns_progress(self) -> None:
+        self.stage.progresses(**{turn.agent: self.random.randrange(100) for turn in self.stage.turns.values() if turn.runs})
 
     def time_passes(self) -> None:
         self.stage.passes(self.random.choice([0.1, 1.0, 20.0]))
@@ -137,13 +158,18 @@ class RandomWorld:
         match work:
             case actions.LoadModel(plan):
                 self.load(plan, fails=fails)
-            case actions.OpenContext(agent_id):
-                self.open(agent_id, fails=fails)
+            case actions.OpenPool(pool_id):
+                self.open(pool_id, fails=fails)
+            case actions.TakeSeat(agent_id):
+                if fails:
+                    self.stage.open_failed(agent_id, DecodeFailed(agent_id, "no memory"))
+                else:
+                    self.stage.seat_taken(agent_id, kv_lost=self.random.random() < 0.1)
             case actions.RunTurn(turn_id, agent_id, room):
                 self.run(self.stage.turns[turn_id], agent_id, room)
             case actions.MoveKv(agent_id):
                 self.stage.moved(agent_id, fails=fails, takes_s=self.random.choice([1e-9, 1e-6, 1.0]))
-            case actions.CloseContext() | actions.UnloadModel():
+            case actions.LeaveSeat() | actions.ClosePool() | actions.UnloadModel():
                 with self.stage.at_once():
                     self.stage.does(work)
                     self.random.choice([self.time_passes, self.strangers_come_and_go])()
@@ -154,10 +180,14 @@ class RandomWorld:
         window, chance = self.stage.state.agents[agent_id].spec.context.window, self.random.random()
         if room < window and chance < 0.3:
             desired = self.random.randrange(room + 1, window + 1)
-            self.stage.outgrew(turn, tokens=self.random.randrange(room, desired), desired=desired)
+            tokens = self.random.choice([room, self.random.randrange(room, desired)])
+            self.stage.outgrew(turn, tokens=tokens, desired=desired, has_made=tokens == room)
+        elif turn.pausing and chance < 0.9:
+            self.stage.paused(turn, tokens=self.random.randrange(room + 1), has_made=self.random.random() < 0.5)
         else:
             tokens = self.random.randrange(min(self.random.choice([20, window]), room) + 1)
-            self.stage.finished(turn, tokens=tokens, prefill_s_per_token=self.random.choice([None, 1e-9, 1e-3]))
+            prefill_s_per_token = self.random.choice([None, 1e-9, 1e-3])
+            self.stage.finished(turn, tokens=tokens, prefill_s_per_token=prefill_s_per_token, computed=self.random.randrange(100))
 
     def load(self, plan: ModelPlan, *, fails: bool) -> None:
         if fails:
@@ -165,13 +195,14 @@ class RandomWorld:
         else:
             self.stage.loaded(plan, weights=plan.weights_bytes + self.random.choice([-20, 0, 0, 0, 5, 40]))
 
-    def open(self, agent_id: AgentId, *, fails: bool) -> None:
+    def open(self, pool: PoolId, *, fails: bool) -> None:
         if fails:
-            self.stage.open_failed(agent_id, DecodeFailed(agent_id, "no memory"))
+            agent = self.stage.state.pools[pool].agent_id
+            self.stage.pool_open_failed(pool, DecodeFailed(agent, "no memory"))
             return
         more = self.random.choice([-10, 0, 0, 0, 0, 3, 30])
         tells = more == 0 or self.random.random() < 0.9
-        self.stage.opened(agent_id, takes_more=more if tells else 0, kv_lost=self.random.random() < 0.1, tells=tells)
+        self.stage.pool_opened(pool, takes_more=more if tells else 0, tells=tells)
 
 
 @pytest.mark.parametrize("seed", SEEDS)

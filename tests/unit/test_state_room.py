@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
 from conductor.core import actions
 from conductor.errors import RefusalCode
-from conductor.types import AgentId, ContextSpec, KvPlace
-from tests.support.stories import ALPHA, BETA, GAMMA, Stage, model, stages
-
-
-@pytest.fixture
-def given() -> Iterator[Callable[..., Stage]]:
-    with stages() as raise_the_curtain:
-        yield raise_the_curtain
+from conductor.types import AgentId, KvPlace
+from tests.support.stories import ALPHA, BETA, GAMMA, Stage, model
 
 
 @pytest.fixture
@@ -31,11 +25,12 @@ def test_while_memory_is_free_more_contexts_are_live_than_promised_and_booked_be
     roomy.converses("a")
     assert roomy.booked == 270, "its context is part of what is promised"
     turn = roomy.asks("b")
-    assert roomy.engine.todo[0] == actions.OpenContext(AgentId("b"), ContextSpec(70), BETA.id)
+    assert roomy.engine.todo[0] == roomy.opening("b", window=70)
     assert roomy.booked == 320
     roomy.settle()
     assert not turn.waits
-    assert [(r.holder, r.bytes) for r in roomy.state.ledger.snapshot()] == [("alpha", 100), ("beta", 100), ("a", 50), ("b", 70)]
+    booked = [(r.holder, r.bytes) for r in roomy.state.ledger.snapshot()]
+    assert booked == [("alpha", 100), ("beta", 100), ("alpha", 50), ("beta", 70)]
 
 
 def test_a_context_that_does_not_fit_beside_the_others_waits_for_their_room(given: Callable[..., Stage]) -> None:
@@ -53,44 +48,61 @@ def test_a_newcomer_gets_the_room_of_what_is_idle_beyond_the_promise_as_soon_as_
     assert roomy.booked == 320
     call = roomy.registers("d", model("delta", weights=60), context=10)
     assert call.waits
-    assert roomy.engine.todo == [actions.CloseContext(AgentId("a"), KvPlace.HOST)]
+    assert roomy.engine.todo == [actions.LeaveSeat(AgentId("a"), KvPlace.HOST)]
     roomy.closed("a")
     assert roomy.booked == 341, "81 bytes are promised, 70 of them in use"
     roomy.settle()
     assert call.admission.charged_bytes == 60
 
 
-def test_a_newcomer_that_may_not_wait_is_refused_if_a_turn_would_have_to_end_first(roomy: Stage) -> None:
+def test_what_turns_use_beyond_the_promise_is_taken_back_for_a_newcomer_and_they_go_on_later(roomy: Stage) -> None:
     running, heavy = [roomy.asks("a"), roomy.asks("b")], model("delta", weights=60)
     roomy.opened("a")
     roomy.opened("b")
-    before = roomy.picture()
-    assert roomy.registers("d", heavy, context=10).refusal.code is RefusalCode.CAP
-    assert roomy.picture() == before
-    waiting = roomy.registers("d", heavy, context=10, may_wait=True)
-    assert waiting.waits
-    roomy.finished(running[1])
-    assert roomy.engine.todo[1:] == [actions.CloseContext(AgentId("b"), KvPlace.HOST)], "a's turn goes on"
-    roomy.closed("b")
+    roomy.progresses(a=100, b=10)
+    call = roomy.registers("d", heavy, context=10)
+    assert [turn.pausing for turn in running] == [True, False], "30 bytes are missing: whoever had most stands still for them"
+    roomy.paused(running[0], tokens=12)
+    roomy.closed("a")
     roomy.loaded(heavy)
-    assert waiting.is_admitted
+    assert call.admission.charged_bytes == 60
+    assert running[0].waits
+    roomy.finished(running[1])
+    roomy.brings_on(running[0])
+    assert running[0].evidence == ("b", False, 20 + 24), "b's KV went for it, and its own came back"
     roomy.settle()
 
 
-def test_nobody_is_sent_away_in_vain_for_a_newcomer_that_may_not_wait(given: Callable[..., Stage]) -> None:
+def test_what_idles_leaves_first_for_a_newcomer_and_no_more_turns_stand_still_than_need_be(given: Callable[..., Stage]) -> None:
+    stage = given(cap=450, live_contexts=3)
+    for agent, plan, context in (("a", ALPHA, 50), ("b", BETA, 50), ("c", GAMMA, 50)):
+        stage.has(agent, plan, context=context)
+        stage.converses(agent)
+    running = [stage.asks("a"), stage.asks("b")]
+    stage.progresses(a=10, b=11)
+    call = stage.registers("d", model("delta", weights=60), context=10)
+    assert AgentId("c") in {work.agent_id for work in stage.engine.todo if isinstance(work, actions.LeaveSeat)}
+    assert [turn.pausing for turn in running] == [False, True]
+    stage.settle()
+    assert call.is_admitted
+
+
+def test_nobody_is_disturbed_for_a_newcomer_that_the_promise_leaves_no_room_for(given: Callable[..., Stage]) -> None:
     stage = given(cap=450, live_contexts=3)
     for agent, plan, context in (("a", ALPHA, 50), ("b", BETA, 50), ("c", GAMMA, 50)):
         stage.has(agent, plan, context=context)
         stage.converses(agent)
     running = [stage.asks("a"), stage.asks("b")]
     before = stage.picture()
-    assert stage.registers("d", model("delta", weights=60), context=10).refusal.code is RefusalCode.CAP
-    assert stage.picture() == before, "c's context alone would not have been enough"
-    stage.finished(running[0])
-    stage.finished(running[1])
+    assert stage.registers("d", model("delta", weights=101), context=10).refusal.code is RefusalCode.CAP
+    assert stage.picture() == before
+    for turn in running:
+        stage.finished(turn)
 
 
-def test_weights_that_the_newcomer_needs_itself_are_no_room_that_could_be_cleared(given: Callable[..., Stage]) -> None:
+def test_weights_that_the_newcomer_needs_itself_are_not_cleared_for_it_though_a_turn_has_to_stand_still(
+    given: Callable[..., Stage],
+) -> None:
     stage = given(cap=460, live_contexts=2)
     stage.has("z", GAMMA, context=0, kind="best_effort")
     stage.converses("z", tokens=0)
@@ -101,8 +113,11 @@ def test_weights_that_the_newcomer_needs_itself_are_no_room_that_could_be_cleare
     stage.closed("z")
     stage.opened("b")
     assert all(turn.runs for turn in running)
-    assert stage.registers("g", GAMMA, context=100, kind="guaranteed").refusal.code is RefusalCode.CAP
+    call = stage.registers("g", GAMMA, context=100, kind="guaranteed")
+    assert sum(turn.pausing for turn in running) == 1
+    assert actions.UnloadModel(GAMMA.id) not in stage.engine.todo
     stage.settle()
+    assert not call.admission.model_loaded
 
 
 def test_a_newcomer_is_not_told_to_come_back_if_all_it_needs_is_leaving_already(roomy: Stage) -> None:
@@ -110,7 +125,7 @@ def test_a_newcomer_is_not_told_to_come_back_if_all_it_needs_is_leaving_already(
     roomy.converses("b")
     first = roomy.registers("c", model("gamma", weights=60), context=10)
     roomy.goes_away(first)
-    assert [type(work) for work in roomy.engine.todo] == [actions.CloseContext]
+    assert [type(work) for work in roomy.engine.todo] == [actions.LeaveSeat]
     call = roomy.registers("d", model("delta", weights=60), context=10)
     roomy.settle()
     assert call.is_admitted
@@ -129,7 +144,7 @@ def test_turns_leave_the_room_alone_that_is_freed_bit_by_bit_for_somebody(given:
         call = stage.reserves("trainer", 70)
     turn = stage.asks("d")
     stage.closed("a")
-    assert not [work for work in stage.engine.todo if isinstance(work, actions.OpenContext)], (
+    assert not [work for work in stage.engine.todo if isinstance(work, actions.OpenPool)], (
         "its 50 bytes are there, but not for it"
     )
     stage.settle()
@@ -160,7 +175,7 @@ def test_an_outsider_gets_the_room_of_what_is_idle_beyond_the_promise_as_soon_as
     assert roomy.picture() == before
     call = roomy.reserves("trainer", 80)
     assert call.waits
-    assert roomy.engine.todo == [actions.CloseContext(AgentId("a"), KvPlace.HOST)]
+    assert roomy.engine.todo == [actions.LeaveSeat(AgentId("a"), KvPlace.HOST)]
     roomy.settle()
     assert call.reservation
     assert roomy.booked == 350

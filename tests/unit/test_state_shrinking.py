@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
 from conductor.core import actions
 from conductor.errors import TurnTimedOut, UnknownAgent, WindowRefused
 from conductor.types import AgentId, KvPlace, ModelState
-from tests.support.stories import ALPHA, BETA, GAMMA, Stage, stages
+from tests.support.stories import ALPHA, BETA, GAMMA, Stage
 
 A = AgentId("a")
 LADDER = (20, 40)
-
-
-@pytest.fixture
-def given() -> Iterator[Callable[..., Stage]]:
-    with stages() as raise_the_curtain:
-        yield raise_the_curtain
 
 
 def grow(stage: Stage, *, to_hold: int) -> None:
@@ -69,7 +63,7 @@ def test_the_room_of_a_window_that_shrank_goes_to_whoever_asks(given: Callable[.
     grow(stage, to_hold=5)
     call = stage.registers("b", BETA, context=70)
     assert call.waits
-    assert stage.engine.todo == [actions.CloseContext(A, KvPlace.HOST)]
+    assert stage.engine.todo == [actions.LeaveSeat(A, KvPlace.HOST)]
     stage.settle()
     assert call.admission.charged_bytes == 150
 
@@ -105,7 +99,7 @@ def test_what_idles_beyond_the_promise_is_given_back_after_its_time_used_longest
     idle.passes(29.0)
     assert (idle.booked, idle.engine.todo) == (280, [])
     idle.passes(1.0)
-    assert idle.engine.todo == [actions.CloseContext(A, KvPlace.HOST)]
+    assert idle.engine.todo == [actions.LeaveSeat(A, KvPlace.HOST)]
     idle.settle()
     idle.passes(1.0)
     assert idle.booked == 250, "b's context is part of what is promised"
@@ -118,8 +112,8 @@ def test_whoever_is_used_does_not_idle(idle: Stage) -> None:
     idle.passes(29.0)
     turn = idle.asks("a")
     idle.passes(1000.0)
-    assert [work for work in idle.engine.todo if isinstance(work, actions.CloseContext)] == [
-        actions.CloseContext(AgentId("b"), KvPlace.HOST)
+    assert [work for work in idle.engine.todo if isinstance(work, actions.LeaveSeat)] == [
+        actions.LeaveSeat(AgentId("b"), KvPlace.HOST)
     ]
     idle.finished(turn)
     idle.settle()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
@@ -10,16 +10,10 @@ from conductor.core import actions
 from conductor.errors import AdmissionRefused, DecodeFailed, RefusalCode, TurnCancelled, TurnQueueFull, TurnTimedOut, UnknownAgent
 from conductor.types import AgentId, KvPlace
 from tests.support.calls import TurnCall
-from tests.support.stories import ALPHA, BETA, GAMMA, Stage, model, stages
+from tests.support.stories import ALPHA, BETA, GAMMA, Stage, model
 
 A = AgentId("a")
 DELTA = model("delta")
-
-
-@pytest.fixture
-def given() -> Iterator[Callable[..., Stage]]:
-    with stages() as raise_the_curtain:
-        yield raise_the_curtain
 
 
 @pytest.fixture
@@ -72,9 +66,9 @@ def test_a_switch_moves_bytes_between_holders_and_books_none(crew: Stage) -> Non
 def test_a_swap_closes_then_opens_then_runs(crew: Stage) -> None:
     crew.converses("a")
     turn = crew.asks("b")
-    assert crew.engine.todo == [actions.CloseContext(A, KvPlace.HOST)]
+    assert crew.engine.todo == [actions.LeaveSeat(A, KvPlace.HOST)]
     crew.closed("a")
-    assert [type(work) for work in crew.engine.todo] == [actions.OpenContext]
+    assert [type(work) for work in crew.engine.todo] == [actions.OpenPool]
     crew.opened("b")
     assert turn.runs
     crew.finished(turn)
@@ -184,10 +178,11 @@ def test_whoever_waits_grows_in_priority_so_a_stream_of_urgent_ones_keeps_nobody
     patient = stage.asks("b")
     stage.passes(119.0)
     urgent = stage.asks("c")
+    stage.finished(running)
+    stage.brings_on(urgent)
     stage.passes(2.0)
     too_late = stage.asks("d")
-    stage.finished(running)
-    assert order_of_service(stage) == [urgent, patient, too_late]
+    assert order_of_service(stage) == [urgent, patient, too_late], "whole priorities count: after 120 s it has two"
 
 
 def test_an_agent_that_is_not_admitted_yet_has_no_turns(given: Callable[..., Stage]) -> None:
@@ -243,6 +238,8 @@ def test_a_turn_given_up_while_its_context_opens_leaves_the_context_for_the_next
     crew.opened("a")
     assert crew.engine.todo == []
     turn = crew.asks("a")
+    assert crew.engine.todo == [actions.TakeSeat(A, crew.pool_of("a"))]
+    crew.seat_taken("a")
     assert turn.runs
     crew.finished(turn)
 
@@ -263,7 +260,7 @@ def test_a_turn_that_waits_too_long_is_told_what_it_waited_for_and_the_others_go
     crew.has("a2", ALPHA, context=100)
     running = crew.asks("a")
     reasons = {
-        crew.asks("a2"): "a, an agent of the same model, is live",
+        crew.asks("a2"): "one of the 1 seats of its model",
         crew.asks("b"): "turns of others to end",
     }
     crew.opened("a")
@@ -328,7 +325,7 @@ def test_a_context_that_cannot_be_opened_fails_its_turn_and_nothing_else(crew: S
     crew.open_failed("a", DecodeFailed(A, "no memory"))
     assert turn.failed_with(DecodeFailed).problem == "no memory"
     agent = crew.state.agents[A]
-    assert (agent.place, agent.tokens, agent.live) == (KvPlace.HOST, 10, None)
+    assert (agent.place, agent.tokens, agent.seat) == (KvPlace.HOST, 10, None)
     assert crew.booked == 400
     assert crew.converses("a").evidence == (None, True, 20)
 
@@ -385,7 +382,7 @@ def test_a_context_too_large_for_the_books_refuses_the_turn_and_keeps_the_sessio
     stage.opened("a", takes=51)
     refusal = turn.failed_with(AdmissionRefused).refusal
     assert (refusal.code, refusal.requested_bytes, refusal.free_bytes) == (RefusalCode.CAP, 1, 0)
-    assert stage.engine.todo == [actions.CloseContext(A, KvPlace.HOST)]
+    assert stage.engine.todo == [actions.ClosePool(stage.pool_of("a"))]
     assert stage.booked == 250
     stage.closed("a")
     assert whereabouts(stage) == (KvPlace.HOST, 10, 20)

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
 from conductor.errors import RefusalCode
-from tests.support.stories import ALPHA, BETA, GAMMA, Stage, model, stages
+from tests.support.stories import ALPHA, BETA, GAMMA, Stage, model
 
 DELTA = model("delta")
-
-
-@pytest.fixture
-def given() -> Iterator[Callable[..., Stage]]:
-    with stages() as raise_the_curtain:
-        yield raise_the_curtain
 
 
 @pytest.fixture

@@ -1,0 +1,69 @@
+"""Clones of conversations: `new` begins where `source` is, without its prompt being read again.
+
+A fork waits in line like a turn of `source`, so that it takes the conversation as it is after the turns asked for before. The
+KV is copied to host memory, from the seat or from where it is saved; without a place there it is computed again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from conductor.core import actions, events
+from conductor.core.books import Books
+from conductor.core.kv_books import KvBooks
+from conductor.core.refusals import Refusals
+from conductor.core.rotation import Rotation
+from conductor.core.sessions import Agent, Fork, Phase, Stage, Turn
+from conductor.errors import InternalError, UnknownAgent, WindowRefused
+from conductor.types import AgentId
+
+
+class Forks:
+    """`agents` are the state's own records."""
+
+    def __init__(
+        self, agents: Mapping[AgentId, Agent], books: Books, kv_books: KvBooks, rotation: Rotation, refusals: Refusals
+    ) -> None:
+        self._agents, self._books, self._kv_books = agents, books, kv_books
+        self._rotation, self._refusals = rotation, refusals
+
+    def on_fork(self, event: events.ForkRequested, at: float) -> list[actions.Action]:
+        for id in (event.source, event.new):
+            if id not in self._agents or self._agents[id].stage is not Stage.ADMITTED:
+                return [actions.FailRequest(event.request_id, UnknownAgent(id))]
+        fork = Fork(event.new, event.request_id)
+        self._rotation.turns[event.turn_id] = Turn(event.turn_id, event.source, at, since=at, fork=fork)
+        self._agents[event.new].cloning = True
+        return []
+
+    def begin(self) -> list[actions.Action]:
+        """Clone what can be cloned now: nothing of the source's is under way."""
+        todo: list[actions.Action] = []
+        for agent_id, turn in self._rotation.heads().items():
+            source = self._agents[agent_id]
+            if turn.fork and source.phase in (None, Phase.READY) and not source.in_motion:
+                todo += self._begin(turn, turn.fork, source)
+        return todo
+
+    def _begin(self, turn: Turn, fork: Fork, source: Agent) -> list[actions.Action]:
+        new = self._agents[fork.new]
+        rung = new.rung_for(source.tokens)
+        if new.ladder[rung].window > new.window_in_use and not self._books.grow(new, rung):
+            refused = self._refusals.of_growth(new, source.tokens)
+            return self._rotation.fail(turn, WindowRefused(new.id, new.window_in_use, source.tokens, refused))
+        turn.running = source.cloning = True
+        if source.seat is not None:
+            source.become("turn began")
+        return [actions.CopyKv(turn.id, source.id, new.id, self._kv_books.book_copy(source, new))]
+
+    def on_copied(self, event: events.KvCopied, at: float) -> list[actions.Action]:
+        turn = self._rotation.turns.pop(event.turn_id)
+        if turn.fork is None:
+            raise InternalError(f"a copy for {turn}, which is no fork")
+        source, new = self._agents[turn.agent_id], self._agents[turn.fork.new]
+        source.cloning = new.cloning = False
+        if source.seat is not None:
+            source.become("turn ended")
+        new.tokens = event.tokens
+        self._kv_books.settle(new, event.place, event.copied_bytes)
+        return [actions.AnswerFork(turn.fork.request_id, event.tokens)]
