@@ -16,6 +16,7 @@ from conductor.core.estimate import (
     ModelPlan,
     cache_bytes,
     first_rung,
+    refusal,
     slot_steps,
     windows_ladder,
 )
@@ -50,10 +51,11 @@ class Quotes:
         first = first_rung(plan.geometry, self._config.first_window(plan.key, context.window), context.window)
         windows = windows_ladder(first, context.window)
         steps = (1,) if spec.service_class is ServiceClass.GUARANTEED else slot_steps(self._config.slots(plan.key))
-        shapes = [replace(context, window=window, slots=slots) for window in windows for slots in steps]
+        every = (replace(context, window=window, slots=slots) for window in windows for slots in steps)
+        shapes = [shape for shape in every if shape.slots == 1 or not refusal(shape)]
         took = self._engine.estimator.estimates(plan, shapes, at_most=self._engine.device.read().total_bytes)
         priced = {it: self._engine.priced(plan.geometry, it, footprint) for it, footprint in zip(shapes, took, strict=True)}
-        ladder = tuple(_rung(context, window, steps, priced) for window in windows)
+        ladder = tuple(_rung(window, priced) for window in windows)
         weights = priced[replace(context, slots=1)].weights_bytes
         return replace(spec, model=replace(plan, weights_bytes=weights), ladder=ladder)
 
@@ -72,6 +74,6 @@ class Quotes:
         return tuple(warnings)
 
 
-def _rung(context: ContextSpec, window: int, steps: tuple[int, ...], priced: dict[ContextSpec, Footprint]) -> Rung:
-    bytes = {slots: priced[replace(context, window=window, slots=slots)].context_bytes for slots in steps}
+def _rung(window: int, priced: dict[ContextSpec, Footprint]) -> Rung:
+    bytes = {shape.slots: footprint.context_bytes for shape, footprint in priced.items() if shape.window == window}
     return Rung(window, bytes.pop(1), tuple(bytes.items()))

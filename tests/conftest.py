@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture
 async def start(tmp_path: Path) -> AsyncIterator[Start]:
-    """`await start(models={key: path or options}, …)`: a conductor on a slice of RAM, one thread and one live context.
+    """`await start(models={key: path or options}, …)`: a conductor on a slice of RAM, one thread and one live pool.
 
     At the end its books are checked, everybody leaves, and not a byte may be left.
     """
@@ -36,6 +36,7 @@ async def start(tmp_path: Path) -> AsyncIterator[Start]:
             "device": {"kind": "host", "host_bytes": "256MiB"},
             "host_budget": "64MiB",
             "threads": 1,
+            "live_contexts": 1,
             "model_dirs": [str(tmp_path)],
             "models": {key: _options(model) for key, model in (models or {}).items()},
             **options,

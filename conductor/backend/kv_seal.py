@@ -7,6 +7,7 @@ the label, the checksum and their comparison; the places are in `kv_arena` and `
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -34,7 +35,7 @@ class Label:
     model_id: ModelId
     kv_type: str
     flash_attention: bool  #: decides whether V is stored transposed
-    slots: int  #: n_stream of the layout
+    slots: int  #: of the context it was saved from
     tokens: int  #: how many tokens of the session the KV holds
 
 
@@ -53,10 +54,13 @@ class Seal:
     label: Label
     bytes: int
     checksum: int
+    parts: tuple[tuple[int, int], ...]  #: (start, end) of what it is about; what lies outside is nobody's
 
     @classmethod
-    def of(cls, label: Label, payload: ByteArray) -> Seal:
-        return cls(label, payload.nbytes, checksum(payload))
+    def of(cls, label: Label, payload: ByteArray, parts: tuple[tuple[int, int], ...] | None = None) -> Seal:
+        """`parts`: None for all of it."""
+        parts = ((0, payload.nbytes),) if parts is None else parts
+        return cls(label, payload.nbytes, checksum(*_cut(payload, parts)), parts)
 
     def require_label(self, label: Label) -> None:
         """Raises DamagedBlob."""
@@ -68,21 +72,26 @@ class Seal:
 
     def require_payload(self, payload: ByteArray) -> None:
         """Raises DamagedBlob."""
-        if payload.nbytes != self.bytes or checksum(payload) != self.checksum:
+        if payload.nbytes != self.bytes or checksum(*_cut(payload, self.parts)) != self.checksum:
             raise DamagedBlob("its checksum does not match")
 
 
-def checksum(payload: ByteArray) -> int:
+def _cut(payload: ByteArray, parts: tuple[tuple[int, int], ...]) -> list[ByteArray]:
+    return [payload[start:end] for start, end in parts]
+
+
+def checksum(*payloads: ByteArray) -> int:
     """xxh3_64 over the xxh3_64 of each chunk, so that threads can share the work.
 
     `update` of an object made empty is the call that gives up the interpreter lock in every xxhash since 3.0; the one-line
     functions do so since 4.0 only. So no other thread of Python waits for a hash.
     """
-    if payload.nbytes < _PARALLEL_BYTES or _THREADS == 1:
-        digests = b"".join(map(_digest, _chunks(payload)))
+    chunks = itertools.chain.from_iterable(map(_chunks, payloads))
+    if sum(payload.nbytes for payload in payloads) < _PARALLEL_BYTES or _THREADS == 1:
+        digests = b"".join(map(_digest, chunks))
     else:
         with ThreadPoolExecutor(_THREADS, thread_name_prefix="kv-checksum") as pool:
-            digests = b"".join(pool.map(_digest, _chunks(payload)))
+            digests = b"".join(pool.map(_digest, chunks))
     return xxhash.xxh3_64_intdigest(digests)
 
 

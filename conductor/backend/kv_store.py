@@ -1,5 +1,6 @@
 """Saved KV of agents that are not live: in the arena of host memory, beyond it in files, each blob sealed when it is written.
 
+A large blob in host memory is sealed in another thread, while whoever wrote it goes on; what needs the seal waits for it.
 Who goes where is decided by the core; here it is carried out, and the budgets are kept. Every method may be called from any
 thread. A blob that is freed while somebody reads or moves it keeps its place until that one is done; nobody waits for it.
 See also: `kv_arena` and `kv_disk` for the places, `kv_seal` for labels and checksums.
@@ -9,9 +10,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -22,7 +24,7 @@ from conductor.errors import InternalError
 from conductor.types import KvPlace
 
 if TYPE_CHECKING:
-    from conductor.backend.llama import ByteArray
+    from conductor.backend.llama import ByteArray, Form
 
 __all__ = ["Blob", "DamagedBlob", "KvStore", "Label"]
 
@@ -31,21 +33,30 @@ T = TypeVar("T")
 #: What a move to disk writes before it lets a compaction pass: a slow disk must not hold up saves and restores.
 _PIECE_BYTES = 16 << 20
 
+#: what is smaller is sealed and checked sooner than a thread would have begun with it
+_WORTH_A_THREAD_BYTES = 1 << 20
+#: Each of them has those of `kv_seal` work for it. Who seals may have to wait for whoever has bytes in view, who may wait for
+#: a check: those have threads of their own.
+_SEALERS, _CHECKERS = 2, 4
+
+#: Copies a KV into a place and tells its form. None: it is all one part, and there is nothing to be known of it.
+Fill: TypeAlias = "Callable[[ByteArray], Form | None]"
+
 
 @dataclass(slots=True, eq=False)
 class Blob:
     """A saved KV; give it back with `free`."""
 
-    seal: Seal
+    label: Label
+    bytes: int
+    form: Form | None
     at: Span | KvFile = field(repr=False)  #: the store's own
+    sealed: Future[Seal] = field(default_factory=Future, repr=False)  #: the store's own
 
     @property
-    def bytes(self) -> int:
-        return self.seal.bytes
-
-    @property
-    def label(self) -> Label:
-        return self.seal.label
+    def seal(self) -> Seal:
+        """Waits for it."""
+        return self.sealed.result()
 
     @property
     def place(self) -> KvPlace:
@@ -57,6 +68,8 @@ class KvStore:
         self.pinned = pinned
         self._arena = KvArena(arena)
         self._disk = disk
+        self._sealers = ThreadPoolExecutor(_SEALERS, thread_name_prefix="kv-seal")
+        self._checkers = ThreadPoolExecutor(_CHECKERS, thread_name_prefix="kv-check")
         self._blobs: set[Blob] = set()
         self._lock = threading.Lock()  # which blobs there are and where each is; held for moments
 
@@ -76,8 +89,10 @@ class KvStore:
     def disk_used_bytes(self) -> int:
         return self._disk.used_bytes if self._disk else 0
 
-    def write(self, bytes: int, label: Label, fill: Callable[[ByteArray], None], *, to: KvPlace = KvPlace.HOST) -> Blob | None:
+    def write(self, bytes: int, label: Label, fill: Fill, *, to: KvPlace = KvPlace.HOST) -> Blob | None:
         """Take a place, let `fill` copy the KV into it, seal it. None if there is no place, or nothing to keep.
+
+        Done when the KV is copied, in host memory; on disk when it is written.
 
         What `fill` raises passes on, the place freed. It may not keep the array, nor write or read other blobs meanwhile.
         """
@@ -87,17 +102,29 @@ class KvStore:
             return self._write_to_host(bytes, label, fill)
         return self._write_to_disk(bytes, label, fill) if self._disk else None
 
-    def read(self, blob: Blob, label: Label, use: Callable[[ByteArray], T]) -> T:
+    def read(self, blob: Blob, label: Label, use: Callable[[ByteArray], T], *, unchecked: bool = False) -> T:
         """What `use` makes of the bytes, which are those that `fill` left. The blob stays.
 
         Raises DamagedBlob, `use` not called, if label or checksum disagree or the file cannot be read. `use` may not change or
-        keep the array, nor write or read other blobs meanwhile.
+        keep the array, nor write or read other blobs meanwhile. `unchecked`: it may be called while the checksum of a large
+        blob in host memory is taken; where DamagedBlob is raised, forget what it made.
         """
-        blob.seal.require_label(label)
+        if blob.label != label:
+            Seal(blob.label, blob.bytes, 0, ()).require_label(label)
+        seal = blob.seal
         with self._open(blob) as payload:
-            blob.seal.require_payload(payload)
-            payload.flags.writeable = False
-            return use(payload)
+            checked: Future[None] | None = None
+            if unchecked and blob.bytes >= _WORTH_A_THREAD_BYTES and blob.place is KvPlace.HOST:
+                checked = self._checkers.submit(seal.require_payload, payload)
+            else:
+                seal.require_payload(payload)
+            shown = payload.view()
+            shown.flags.writeable = False
+            try:
+                return use(shown)
+            finally:
+                if checked is not None:
+                    checked.result()
 
     def to_disk(self, blob: Blob) -> bool:
         """Move the blob to a file and free its place in the arena. False, the blob as it was, if the disk does not take it."""
@@ -114,8 +141,9 @@ class KvStore:
             undo.callback(self._arena.drop, span)
             unused = undo.enter_context(ExitStack())
             unused.callback(self._files.release, file)
+            seal = blob.seal
             with closing(self._pieces(span)) as pieces:
-                if not self._files.save(file, blob.seal, pieces):
+                if not self._files.save(file, seal, pieces):
                     return False
             with self._lock:
                 if blob not in self._blobs or blob.at is not span:
@@ -138,6 +166,8 @@ class KvStore:
 
     def close(self) -> None:
         """Delete the own files."""
+        for threads in (self._sealers, self._checkers):
+            threads.shutdown()
         if self._disk:
             self._disk.close()
 
@@ -155,19 +185,34 @@ class KvStore:
             if host > self.used_bytes or disk > self.disk_used_bytes:
                 raise InternalError(f"saved KVs take {host} + {disk} bytes, booked {self.used_bytes} + {self.disk_used_bytes}")
 
-    def _write_to_host(self, bytes: int, label: Label, fill: Callable[[ByteArray], None]) -> Blob | None:
+    def _write_to_host(self, bytes: int, label: Label, fill: Fill) -> Blob | None:
         span = self._arena.take(bytes)
         if span is None:
             return None
         with ExitStack() as undo:
             undo.callback(self._arena.drop, span)
             with self._arena.open(span) as payload:
-                fill(payload)
-                seal = Seal.of(label, payload)
+                blob = Blob(label, bytes, fill(payload), span)
+                if bytes < _WORTH_A_THREAD_BYTES:
+                    _seal(blob, payload)
             undo.pop_all()
-        return self._entered(Blob(seal, span))
+        if not blob.sealed.done():
+            self._arena.hold(span)
+            self._sealers.submit(self._seal_later, blob, span)
+        return self._entered(blob)
 
-    def _write_to_disk(self, bytes: int, label: Label, fill: Callable[[ByteArray], None]) -> Blob | None:
+    def _seal_later(self, blob: Blob, span: Span) -> None:
+        """Whoever wants to know waits for the seal, so there is one to be had whatever happens, if only an error."""
+        try:
+            with self._arena.open(span) as payload:
+                _seal(blob, payload)
+        except BaseException as error:
+            blob.sealed.set_exception(error)
+            raise
+        finally:
+            self._arena.drop(span)
+
+    def _write_to_disk(self, bytes: int, label: Label, fill: Fill) -> Blob | None:
         file = self._files.take(bytes)
         if file is None:
             return None
@@ -177,12 +222,12 @@ class KvStore:
                 payload = np.empty(bytes, np.uint8)
             except MemoryError:
                 return None
-            fill(payload)
-            seal = Seal.of(label, payload)
-            if not self._files.save(file, seal, [payload]):
+            blob = Blob(label, bytes, fill(payload), file)
+            _seal(blob, payload)
+            if not self._files.save(file, blob.seal, [payload]):
                 return None
             undo.pop_all()
-        return self._entered(Blob(seal, file))
+        return self._entered(blob)
 
     def _entered(self, blob: Blob) -> Blob:
         with self._lock:
@@ -219,3 +264,9 @@ class KvStore:
     def _require(self, blob: Blob) -> None:
         if blob not in self._blobs:
             raise InternalError(f"a saved KV of {blob.bytes} bytes that is not here, or was freed")
+
+
+def _seal(blob: Blob, payload: ByteArray) -> None:
+    if blob.form is not None:
+        blob.form = blob.form.packed(payload)
+    blob.sealed.set_result(Seal.of(blob.label, payload, blob.form.parts if blob.form else None))

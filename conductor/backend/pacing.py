@@ -6,7 +6,7 @@ from __future__ import annotations
 _NEWS = 0.3
 #: of what is not known yet, this much is tried
 _FIRST_TOKENS = 8
-#: from one step to the next, the chunk grows to no more than so many times itself: a measurement may be off
+#: from one measurement to the next, the chunk grows to no more than so many times itself: one may be off
 _GROWTH = 4
 
 
@@ -38,8 +38,7 @@ class Pacing:
             return  # it says more about the step than about the tokens
         base = 0.0 if alone else self._step_s or 0.0
         self._token_s = _mixed(self._token_s, max(seconds - base, seconds * 0.05) / tokens)
-        if not alone:
-            self._last = tokens
+        self._last = tokens
 
 
 def _mixed(before: float | None, now: float) -> float:

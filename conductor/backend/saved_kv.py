@@ -10,12 +10,13 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 
 from conductor.backend.kv_seal import DamagedBlob, Label
 from conductor.backend.kv_store import Blob, KvStore
-from conductor.backend.llama import ByteArray, LlamaError, Sequence
+from conductor.backend.llama import ByteArray, Form, LlamaError, Sequence
 from conductor.types import AgentId, HostMemoryStatus, KvPlace
 
 log = logging.getLogger("conductor")
@@ -74,15 +75,22 @@ class SavedKv:
             return 0
         restored = 0
         try:
-            if self._store.read(blob, label, sequence.restore):
+            if self._read(blob, sequence, label):
                 restored = blob.bytes
             else:
                 self.count_dropped()
         except DamagedBlob as damage:
+            sequence.clear()  # it may hold what turned out to be damaged
             log.warning("the saved KV of %s is not used: %s", agent_id, damage)
             self._count("damaged")
         self.forget(agent_id)
         return restored
+
+    def _read(self, blob: Blob, sequence: Sequence, label: Label) -> bool:
+        if blob.form is None and blob.label.slots != label.slots:
+            return False  # of a layout that nobody knows how to change
+        label = replace(label, slots=blob.label.slots)
+        return self._store.read(blob, label, lambda state: sequence.restore(state, blob.form), unchecked=True)
 
     def copy(self, source: AgentId, new: AgentId) -> Blob | None:
         """The same KV for another agent, in host memory. None if there is none, no room for it, or it is damaged."""
@@ -91,7 +99,12 @@ class SavedKv:
             return None
         try:
             payload: ByteArray = self._store.read(blob, blob.label, np.copy)
-            copy = self._store.write(payload.nbytes, blob.label, lambda place: np.copyto(place, payload))
+
+            def fill(place: ByteArray) -> Form | None:
+                np.copyto(place, payload)
+                return blob.form
+
+            copy = self._store.write(payload.nbytes, blob.label, fill)
         except (DamagedBlob, MemoryError) as error:
             log.warning("the saved KV of %s is not copied: %s", source, error)
             return None

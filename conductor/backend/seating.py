@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from conductor.backend.conversation import Conversation
-from conductor.backend.llama import ByteArray, Context
+from conductor.backend.llama import ByteArray, Context, Form
 from conductor.backend.seat import Seat
 from conductor.errors import InternalError
 from conductor.types import AgentId
@@ -93,7 +93,7 @@ class Seating:
         for seat, state in zip((a, b), states, strict=True):
             if state is None:
                 seat.sequence.clear()
-            elif not seat.sequence.restore(state):
+            elif not seat.sequence.restore(*state):
                 seat.drop_cache()  # it is computed again
 
     def _price(self, slots: Sequence[int]) -> int:
@@ -118,9 +118,9 @@ def _window(slots: Sequence[int], n_slots: int) -> tuple[int, list[int]]:
     return first, [slot for slot in slots if not first <= slot < first + count]
 
 
-def _state(seat: Seat) -> ByteArray | None:
+def _state(seat: Seat) -> tuple[ByteArray, Form | None] | None:
     if not seat.conversation.held:
         return None
     state = np.empty(seat.sequence.state_bytes(), np.uint8)
-    seat.sequence.save(state)
-    return state
+    form = seat.sequence.save(state)
+    return state, form.packed(state) if form else None

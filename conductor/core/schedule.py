@@ -72,7 +72,7 @@ class Schedule:
         those in which turns run.
         """
         wanted = self._rotation.wanted()
-        kept = frozenset[AgentId]() if also_wanted else wanted - self._rotation.stuck()
+        kept = frozenset[AgentId]() if also_wanted else self._about_to_start()
         picture = self._picture(at, 0, idle_since, kept, kept_model)
         steps = turns.plan_eviction(picture, bytes=bytes, last=wanted, busy_too=busy_too)
         return [action for step in steps for action in self._take(step, at)] + self._drain_on()
@@ -167,8 +167,12 @@ class Schedule:
         """That a seat must have room for."""
         return turn.outgrew[0] if turn.outgrew else self._agents[turn.agent_id].tokens
 
+    def _about_to_start(self) -> frozenset[AgentId]:
+        """Whose turns wait, and have a pool that is large enough for them."""
+        stuck = self._rotation.stuck()
+        return frozenset(id for id, turn in self._rotation.heads().items() if id not in stuck and self._suits(turn))
+
     def _suits(self, turn: Turn) -> bool:
-        """Whether the turn's pool is there, and large enough for it."""
         pool = self._pools.get(self._agents[turn.agent_id].pool)
         return pool is not None and pool.context.window >= self._tokens(turn)
 
@@ -181,7 +185,7 @@ class Schedule:
         kept_model: ModelId | None = None,
     ) -> moment.Picture:
         running = {turn.agent_id: turn for turn in self._rotation.running()}
-        awaited = {self._agents[id].pool for id, turn in self._rotation.heads().items() if id in kept and self._suits(turn)}
+        awaited = {self._agents[id].pool for id in kept}
         return moment.Picture(
             sitters=[self._sitter(a, running.get(a.id), at, idle_since, kept) for a in self._agents.values() if a.seat],
             pools={pool.id: self._pool(pool, at, awaited=pool.id in awaited) for pool in self._pools.values()},
@@ -279,7 +283,7 @@ class Schedule:
         if self._models[agent.model_id].state is ModelState.LOADING:
             return "its model is being loaded"
         if pool is not None and pool.phase is PoolPhase.READY and pool.context.window >= agent.tokens:
-            return f"one of the {pool.context.slots} seats of its model"
+            return f"a seat of its model: all {pool.context.slots} are taken" if pool.context.slots > 1 else "its model's seat"
         weights = 0 if self._models[agent.model_id].firm else self._books.weights_bytes(agent.spec.model)
         if agent.context_bytes + weights > self._books.turn_limit_bytes():
             return "other programs took memory of this device"

@@ -204,8 +204,16 @@ class State:
             if decision.outcome is Outcome.EVICT:
                 kept = event.agent.model.id
                 return todo + self._clear(decision.firm_bytes, at, kept=kept), decision.firm_bytes, kept
-            return todo, 0, None
+            return todo + self._refuse_the_hasty(at), 0, None
         return todo, 0, None
+
+    def _refuse_the_hasty(self, at: float) -> list[actions.Action]:
+        """Those who may not wait, and whom somebody that has to came before while their room was being cleared."""
+        hasty = [waiting.request for waiting in self.waitlist.in_order(at) if not waiting.request.may_wait]
+        for event in hasty:
+            self.waitlist.remove(event.request_id)
+        ahead = {event.request_id: self.waitlist.ahead_of(event.agent.priority, at) for event in hasty}
+        return [self._refuse(event, RefusalCode.CAP, at, waiting_ahead=ahead[event.request_id]) for event in hasty]
 
     def _clear(self, bytes: int, at: float, *, kept: ModelId | None = None) -> list[actions.Action]:
         """Take back what is lent until so many bytes more can be booked beside what is in use; not the weights of `kept`."""

@@ -5,9 +5,9 @@ Turns come in order of precedence. For each waiting turn:
 1. its agent has a seat, ready and with room enough: start it;
 2. its agent has a seat with too little room: empty the pool, to be made anew with a larger window;
 3. its agent's seat is on its way, in or out, or busy: wait;
-4. its pool has a seat free: take it; one becoming free: wait for it; else the idle one used longest ago gives way; else the
-   running turn of the lowest rank, if it ranks lower and ran its minimum, stands still; else, if there is memory for more
-   seats, the pool is emptied to be made anew with them;
+4. its pool has a seat free: take it; one becoming free: wait for it; else, if memory is idle for more seats and agents are
+   there for them, empty the pool, to be made anew with more; else the idle one used longest ago gives way; else the running
+   turn of the lowest rank, if it ranks lower and ran its minimum, stands still;
 5. a pool for it would not fit even if all others left (strangers took the room): wait, without holding anybody up;
 6. its model's weights are on their way: wait for them, with the room that the pool needs kept for it;
 7. a place and the bytes are free: load the weights if they are parked, else open a pool;
@@ -62,9 +62,7 @@ def plan_turns(waiting: Sequence[WaitingTurn], picture: Picture) -> list[Step]:
     return plan.steps
 
 
-def plan_eviction(
-    picture: Picture, *, bytes: int, last: frozenset[AgentId] = frozenset(), busy_too: bool = False
-) -> list[Step]:
+def plan_eviction(picture: Picture, *, bytes: int, last: frozenset[AgentId] = frozenset(), busy_too: bool = False) -> list[Step]:
     """Empty idle pools and park idle weights until so many bytes are on their way out; pools of `last` only if need be.
 
     `busy_too`: and if all that is idle does not bring them, those in which turns run, which stand still for it.
@@ -151,6 +149,10 @@ class _Plan:
             self.steps.append(Take(turn.id, turn.agent_id))
         elif self._coming_seats[pool.id] > 0:
             self._coming_seats[pool.id] -= 1
+        elif self._may_widen(pool, turn):
+            self._drain(pool, turn.id)
+            self._make_pool(turn, comes=True)
+            return
         elif idle:
             leaver = min(idle, key=self._gives_way)
             del self._idle[leaver.agent_id]
@@ -159,7 +161,6 @@ class _Plan:
             self._sitters[pool.id].remove(lowest)
             self.steps.append(Pause(lowest.turn_id))
         else:
-            self._widen(pool, turn)
             return
         self._expect(pool)
 
@@ -177,11 +178,12 @@ class _Plan:
         below = [sitter for sitter in running if sitter.rank > turn.rank]
         return max(below, key=lambda sitter: sitter.rank, default=None)
 
-    def _widen(self, pool: LivePool, turn: WaitingTurn) -> None:
+    def _may_widen(self, pool: LivePool, turn: WaitingTurn) -> bool:
+        """Whether there are more agents than seats, and idle memory for more seats."""
         agents = self._prospects[pool.id].agents if pool.id in self._prospects else 0
         left = self.free_bytes + pool.bytes - self._kept_for_others(pool.id)
-        if pool.slots < agents and any(slots > pool.slots and bytes <= left for slots, bytes in pool.shapes):
-            self._rebuild(pool, turn)
+        wider = any(slots > pool.slots and bytes <= left for slots, bytes in pool.shapes)
+        return pool.slots < agents and wider and self._may_rebuild(pool, turn)
 
     def _rebuild(self, pool: LivePool, turn: WaitingTurn) -> None:
         if self._alone_too_large(turn) or not self._may_rebuild(pool, turn):  # (5)
@@ -344,7 +346,8 @@ class _Plan:
 
     def _idle_pools(self) -> list[LivePool]:
         """Those in which no turn runs, nor could one go on before they have been there for the minimum turn."""
-        wanted = {turn.pool for turn in self._heads}
+        windows = {id: pool.window for id, pool in self._pools.items()}
+        wanted = {turn.pool for turn in self._heads if turn.tokens <= windows.get(turn.pool, 0)}
         return [
             pool
             for id, pool in self._pools.items()

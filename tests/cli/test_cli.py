@@ -26,7 +26,7 @@ TASK = "Write a Python function `add(a, b)` that returns the sum of two numbers.
 DENIAL = re.compile(
     r"^VRAM_LEDGER_DENY code=NEVER ledger_max_bytes=(\d+) ledger_allocated_bytes=(\d+) requested_bytes=(\d+)$", re.MULTILINE
 )
-COMMANDS = ("up", "env", "down", "register", "unregister", "decode", "chat", "status", "list", "estimate", "demo")
+COMMANDS = ("up", "env", "down", "register", "unregister", "decode", "cancel", "chat", "status", "list", "estimate", "demo")
 
 
 def write_config(directory: Path) -> Path:

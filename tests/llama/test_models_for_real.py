@@ -88,7 +88,7 @@ async def test_what_is_booked_is_what_llama_cpp_says_it_took(start: Start, name:
     with opened_model(SHIPPED[name]) as model:
         real = measure(model, ContextSpec(window=window))
     assert await booked(conductor, Kind.WEIGHTS) == [(name, real.model_bytes)]
-    assert await booked(conductor, Kind.CONTEXT) == [("ada", real.context_bytes + real.compute_bytes)]
+    assert await booked(conductor, Kind.CONTEXT) == [(name, real.context_bytes + real.compute_bytes)]
     device, ledger = (await conductor.status()).device, (await conductor.status()).ledger
     assert device.total_bytes - device.free_bytes == ledger.allocated_bytes == sum(real_bytes(real))
 

@@ -18,6 +18,7 @@ Start = Callable[..., Awaitable[GpuConductor]]
 async def test_a_thousand_random_requests_are_all_accounted_for_and_everything_comes_to_rest(start: Start) -> None:
     conductor = await start(
         SHIPPED,
+        live_contexts=None,
         device={"kind": "host", "host_bytes": "40MiB"},
         host_budget="6MiB",
         context={"slots": 4, "first_window": 256},

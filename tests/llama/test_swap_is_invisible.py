@@ -97,7 +97,7 @@ async def test_sixty_turns_asked_for_at_once_change_nothing(start: Start, live_c
 @pytest.mark.parametrize("live_contexts", [1, 2])
 async def test_two_agents_of_one_model_take_turns_without_a_trace(start: Start, live_contexts: int) -> None:
     path = shipped_models()["reviewer"]
-    conductor = await start({"reviewer": path}, live_contexts=live_contexts)
+    conductor = await start({"reviewer": path}, live_contexts=live_contexts, context={"slots": 1})
     agents = {name: prompts(8, form=CHATML, about=name) for name in ("ada", "bob")}
     for name in agents:
         await conductor.register(name, "reviewer", window=WINDOW)
@@ -118,7 +118,7 @@ async def test_every_architecture_survives_the_swap(start: Start, tmp_path: Path
     """
     path = write_tiny_gguf(tmp_path / "tiny.gguf", architecture=architecture, sliding_window=64, n_layer=6, seed=5)
     options = {"path": path, "n_batch": n_batch, "n_ubatch": n_batch}
-    conductor = await start({"tiny": options})
+    conductor = await start({"tiny": options}, context={"slots": 1})
     agents = {name: prompts(8, form=CHATML, about=name) for name in ("ada", "bob", "cleo")}
     for name in agents:
         await conductor.register(name, "tiny", window=WINDOW)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-os.environ.update(RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0")
+os.environ.update(RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0", RAY_metrics_report_interval_ms="1000")
 
 import uuid
 from collections.abc import Iterator

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import re
 import urllib.request
 from dataclasses import dataclass
@@ -18,15 +17,13 @@ from prometheus_client.parser import text_string_to_metric_families
 import actors
 from actors.metrics import COUNTERS, GAUGES, Figure, Metrics, gauges_of
 from conductor.errors import AdmissionRefused, InvalidRequest, UnknownModel
-from conductor.types import KvPlace
+from conductor.types import DecodeResult, KvPlace
 from conductor.units import MIB
 from tests.conftest import Start
 from tests.support.conducting import Conduct, Conductor
 from tests.support.eventually import eventually
-from tests.support.talk import ROOT, SHIPPED, until
+from tests.support.talk import ENDLESS, ROOT, SHIPPED, until
 
-# The session's Ray starts after all tests were collected: it reports as often as it can then, and else every 10 s.
-os.environ.update(RAY_metrics_report_interval_ms="1000")
 REPORTED_WITHIN_S = 60.0
 PROMPTS = tuple(f'\n\ndef task_{n}(x):\n    """Return x + {n}."""\n' * 4 for n in range(3))
 ROW = re.compile(r"\| `(ray_vram_conductor_\w+)` \| (\w+) \| ([\w`, ]*)\| \S.* \|")
@@ -72,51 +69,77 @@ def shape(sample: Sample) -> tuple[str, str, frozenset[str]]:
 
 
 @pytest.fixture
-def conductor(conduct: Conduct, tmp_path: Path) -> Conductor:
+def conductor(conduct: Conduct, endless: Path, tmp_path: Path) -> Conductor:
     """Host memory and disk for about one KV each."""
     disk = {"directory": str(tmp_path / "kv"), "budget": "1MiB"}
-    return conduct(SHIPPED, context={"first_window": 256}, host_budget="1MiB", disk=disk)
+    models = {**SHIPPED, "endless": endless}
+    context = {"first_window": 256, "slots": 1}
+    return conduct(models, context=context, live_contexts=1, min_turn_ms=10, host_budget="1MiB", disk=disk)
 
 
-def live_through_everything(conductor: Conductor, kv_directory: Path) -> None:
-    """Ada's KV goes to disk and is damaged there, Bob's finds no place any more, and some are refused."""
-    call = conductor.call
+def live_through_everything(conductor: Conductor, kv_directory: Path) -> int:
+    """Ada's KV goes to disk and is damaged there, Bob's finds no place any more, and some are refused.
+
+    Returns the tokens that were generated.
+    """
+    call, generated = conductor.call, stand_still(conductor)
     for id, model in (("ada", "coder"), ("bob", "reviewer"), ("cy", "documenter"), ("di", "coder")):
         call("register", id, model, window=1024, service_class="best_effort" if id == "di" else "shared")
     for id in ("ada", "bob"):
         for prompt in PROMPTS:
-            call("decode", id, prompt, max_tokens=24)
+            generated += call("decode", id, prompt, max_tokens=24).generated_tokens
     for id in ("cy", "di"):
-        *_, _result = actors.stream(conductor.handle, id, PROMPTS[0] + PROMPTS[1], max_tokens=24)
+        *_, result = actors.stream(conductor.handle, id, PROMPTS[0] + PROMPTS[1], max_tokens=24)
+        assert isinstance(result, DecodeResult)
+        generated += result.generated_tokens
     places = {agent.id: agent.kv for agent in call("list")}
     assert places == {"ada": KvPlace.DISK, "bob": KvPlace.TOKENS, "cy": KvPlace.HOST, "di": KvPlace.SLOT}
     [file] = [path for path in kv_directory.rglob("*") if path.is_file() and path.stat().st_size > 4096]
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
-    assert call("decode", "ada", "def more(x):", max_tokens=4).recomputed_tokens > 0
+    again = call("decode", "ada", "def more(x):", max_tokens=4)
+    assert again.recomputed_tokens > 0
     with pytest.raises(AdmissionRefused):
         call("register", "eve", "coder", window=100_000, service_class="guaranteed")
     with pytest.raises(UnknownModel):
         call("register", "eve", "coda")
     with pytest.raises(AdmissionRefused):
         call("reserve", "torch", 1 << 40)
+    return int(generated + again.generated_tokens)
+
+
+def stand_still(conductor: Conductor) -> int:
+    """One seat, a turn that never ends, and somebody else who wants it. Returns the tokens that were generated."""
+    call = conductor.call
+    for id in ("eli", "fay"):
+        call("register", id, "endless")
+    endless = conductor.handle.decode.remote("eli", "x", **ENDLESS)
+    eventually(lambda: conductor.is_busy("eli"), within_s=20)
+    other = call("decode", "fay", "x", max_tokens=4)
+    eventually(lambda: conductor.is_busy("eli"), within_s=20)
+    assert call("cancel", "eli") == 1
+    ended = ray.get(endless, timeout=60)
+    assert ended.pauses
+    for id in ("eli", "fay"):
+        call("unregister", id)
+    return int(ended.generated_tokens + other.generated_tokens)
 
 
 def test_every_metric_that_is_documented_is_exported_and_every_one_exported_is_documented(
     conductor: Conductor, tmp_path: Path
 ) -> None:
-    live_through_everything(conductor, tmp_path / "kv")
+    generated = live_through_everything(conductor, tmp_path / "kv")
     expected = documented()
     assert len(expected) == len(GAUGES) + len(COUNTERS)
     eventually(lambda: {shape(sample) for sample in scraped(conductor)} >= expected, REPORTED_WITHIN_S, every_s=0.5)
     assert {shape(sample) for sample in scraped(conductor)} == expected
     with contextlib.suppress(AssertionError):
-        eventually(lambda: wrong_after_everything(conductor) == [], REPORTED_WITHIN_S, every_s=0.5)
-    assert wrong_after_everything(conductor) == []
+        eventually(lambda: wrong_after_everything(conductor, generated) == [], REPORTED_WITHIN_S, every_s=0.5)
+    assert wrong_after_everything(conductor, generated) == []
 
 
-def wrong_after_everything(conductor: Conductor) -> list[str]:
+def wrong_after_everything(conductor: Conductor, generated: int) -> list[str]:
     """What a scrape says otherwise than the status does, or than what was done says."""
     samples, status = scraped(conductor), conductor.status()
     expected = {
@@ -132,15 +155,19 @@ def wrong_after_everything(conductor: Conductor) -> list[str]:
         "kv_bytes place=host": status.host_memory.used_bytes,
         "kv_bytes place=disk": status.host_memory.disk_used_bytes,
         "kv_budget_bytes": 2 * MIB,
-        "admissions_total": 4,
-        "admissions_total service_class=shared": 3,
+        "admissions_total": 6,
+        "admissions_total service_class=shared": 5,
         "refusals_total": 2,
         "refusals_total call=register code=NEVER": 1,
         "refusals_total call=reserve code=NEVER": 1,
         "errors_total": 3,
         "errors_total call=register error=UnknownModel": 1,
-        "turns_total": 9,
-        "tokens_total kind=generated": 8 * 24 + 4,
+        "turns_total": 11,
+        "turns_total finish_reason=cancelled": 1,
+        "tokens_total kind=generated": generated,
+        "pools": 1,
+        "slots": 1,
+        "slots state=busy": 0,
         "kv_moved_to_disk_total": status.host_memory.moved_to_disk,
         "kv_dropped_total": status.host_memory.dropped,
         "kv_damaged_total": 1,
@@ -222,7 +249,7 @@ async def test_what_goes_wrong_with_figures_is_logged_once_and_neither_hurts_a_c
 
 async def test_gauges_are_told_for_what_nobody_has(start: Start) -> None:
     gauges = gauges_of(await (await start()).status())
-    assert {name for name, _ in gauges} == GAUGES.keys() - {"estimate_error_ratio"}
+    assert {name for name, _ in gauges} == GAUGES.keys() - {"estimate_error_ratio", "pools", "slots"}
     assert len([1 for name, _ in gauges if name == "agents"]) == 12
     assert {values: value for (name, values), value in gauges.items() if name == "waiting"} == {("register",): 0, ("turn",): 0}
 

@@ -81,7 +81,7 @@ def raised_by(call: Any) -> Any:
 
 
 def test_a_guaranteed_agent_stays_where_it_is_while_the_others_swap(conduct: Conduct) -> None:
-    conductor = conduct(SHIPPED)
+    conductor = conduct(SHIPPED, live_contexts=1)
     expected = unhurried(conductor, "coder", PROMPTS[:3])
     admission = conductor.call("register", "gina", "coder", window=1024, service_class=GUARANTEED)
     assert admission.first_window == admission.window == 1024
@@ -258,7 +258,7 @@ def test_registrations_that_wait_are_seen_with_their_place_and_reason_and_leave_
 
 
 def test_a_turn_that_waits_is_seen_and_gives_up_in_time_with_the_session_as_it_was(conduct: Conduct, endless: Path) -> None:
-    conductor = conduct({"endless": endless})
+    conductor = conduct({"endless": endless}, context={"slots": 1}, min_turn_ms=600_000)
     for id in ("ada", "bob", "cy"):
         conductor.call("register", id, "endless")
     assert conductor.call("decode", "cy", "x", max_tokens=3).text == "abc"
@@ -267,7 +267,7 @@ def test_a_turn_that_waits_is_seen_and_gives_up_in_time_with_the_session_as_it_w
     patient = conductor.handle.decode.remote("bob", "x", max_tokens=3)
     [queued] = eventually(lambda: waiting(conductor), within_s=20)
     assert (queued.what, queued.agent_id, queued.position, queued.expires_in_s) == ("turn", "bob", 0, None)
-    assert queued.reason == "ada, an agent of the same model, is live"
+    assert queued.reason == "its model's seat"
     given_up = raised_by(conductor.handle.decode.remote("cy", max_tokens=3, wait_s=0.2))
     assert type(given_up) is TurnTimedOut
     assert (given_up.agent_id, given_up.reason) == ("cy", queued.reason)
@@ -303,7 +303,7 @@ def test_an_agent_that_idles_too_long_is_let_go_and_comes_back_when_it_is_asked(
 def test_kv_goes_to_disk_when_host_memory_is_short_and_comes_back_as_it_was(conduct: Conduct, tmp_path: Path) -> None:
     """Host memory for one of them: Ada's is saved for Bob, goes to disk when Bob's is saved for Cy, and returns."""
     disk = {"directory": str(tmp_path / "kv"), "budget": "64MiB"}
-    conductor = conduct(SHIPPED, host_budget="1MiB", disk=disk)
+    conductor = conduct(SHIPPED, host_budget="1MiB", disk=disk, live_contexts=1)
     expected = unhurried(conductor, "coder")
     for id, model in (("ada", "coder"), ("bob", "reviewer"), ("cy", "documenter")):
         conductor.call("register", id, model, window=1024)

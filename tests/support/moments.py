@@ -63,18 +63,19 @@ def turn(
     priority: float = 0,
     served: int = 0,
     blocked: bool = False,
+    pool: str = "",
 ) -> WaitingTurn:
-    """`bytes` of a pool with one slot, which may have up to `slots`."""
+    """`bytes` of a pool with one slot, which may have up to `slots`. `pool`: its name, if not the model's."""
     return WaitingTurn(
-        TurnId(id),
-        AgentId(agent),
-        ModelId(model),
-        PoolId(model),
-        shapes(bytes, slots),
-        window,
-        tokens,
-        (-priority, served),
-        blocked,
+        id=TurnId(id),
+        agent_id=AgentId(agent),
+        model_id=ModelId(model),
+        pool=PoolId(pool or model),
+        shapes=shapes(bytes, slots),
+        window=window,
+        tokens=tokens,
+        rank=(-priority, served),
+        blocked=blocked,
     )
 
 
@@ -111,9 +112,10 @@ def pool(
     up_to: int = 0,
     settled: bool = True,
     guaranteed: bool = False,
+    name: str = "",
 ) -> Place:
     """`bytes` of one slot; `up_to` so many slots could have been made."""
-    name = sitters[0].agent_id if guaranteed else model
+    name = sitters[0].agent_id if guaranteed else name or model
     made = LivePool(
         PoolId(name), ModelId(model), phase, bytes * slots, window, slots, shapes(bytes, max(slots, up_to)), guaranteed, settled
     )

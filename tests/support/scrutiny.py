@@ -163,9 +163,9 @@ class Scrutiny:
         """Whoever had no turn for `idle_ttl_s` goes when the device is read."""
         ttl = self.state.rules.idle_ttl_s
         if ttl is not None and isinstance(self._happened[-1], events.DeviceRead):
+            here = {agent.registration for agent in self.state.agents.values() if agent.stage is Stage.ADMITTED}
             for id, guest in self._guests.items():
-                stays = id in self.state.agents and self.state.agents[id].stage is Stage.ADMITTED
-                assert not (stays and guest.idles and self._at - guest.idle_since >= ttl), f"{id} stays"
+                assert not (guest.registration in here and guest.idles and self._at - guest.idle_since >= ttl), f"{id} stays"
 
     def _check_what_is_guaranteed(self) -> None:
         """The whole window of a guaranteed agent is live, and its turns wait for nothing but each other."""

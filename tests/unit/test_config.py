@@ -91,7 +91,7 @@ def test_without_a_name_the_environments_file_is_read_and_without_that_the_defau
     path = write("live_contexts: 3")
     monkeypatch.setenv(ENVIRONMENT, str(path))
     assert load_config().live_contexts == 3
-    assert load_config(CONFIGS / "host.yaml").live_contexts == 1
+    assert load_config(CONFIGS / "host.yaml").live_contexts is None
 
 
 def test_a_configuration_is_taken_as_it_is() -> None:

@@ -1,8 +1,9 @@
 """Admission as stories: what is booked when, what a refusal leaves, and what measuring changes.
 
 Shared agents, mostly. See also: `test_state_room.py`, `test_state_classes.py`, `test_state_guaranteed.py`,
-`test_state_waitlist.py`, `test_state_turns.py`, `test_state_growth.py`, `test_state_shrinking.py`, `test_state_leaving.py`,
-`test_state_drift.py`, `test_state_host_memory.py`, and `test_state_machine.py` for all at once.
+`test_state_waitlist.py`, `test_state_turns.py`, `test_state_pools.py`, `test_state_fair_turns.py`, `test_state_cancel.py`,
+`test_state_growth.py`, `test_state_shrinking.py`, `test_state_leaving.py`, `test_state_drift.py`,
+`test_state_host_memory.py`, and `test_state_machine.py` for all at once.
 """
 
 from __future__ import annotations

@@ -253,6 +253,25 @@ def test_a_measured_context_is_not_refused_for_a_promise_that_is_gone_anyway(giv
     stage.finished(turn)
 
 
+def test_an_agent_whose_larger_window_is_booked_but_cannot_be_made_gives_way_too(given: Callable[..., Stage]) -> None:
+    stage = given(cap=900, min_turn_s=5.0)
+    stage.has("a", ALPHA, context=600, ladder=(200,), slots=2)
+    stage.has("b", ALPHA, context=200, slots=2)
+    large, small = stage.asks("a"), stage.asks("b")
+    stage.brings_on(large)
+    stage.brings_on(small)
+    stage.outgrew(large, tokens=200)
+    assert not small.pausing, "it has just begun"
+    stage.reads_device(strangers=550)
+    stage.finished(small)
+    assert stage.engine.todo == [actions.LeaveSeat(A, KvPlace.HOST), actions.LeaveSeat(B, KvPlace.HOST)]
+    stage.settle()
+    assert large.waits
+    stage.reads_device()
+    stage.settle()
+    assert large.endings
+
+
 def test_a_best_effort_agent_that_waits_to_grow_gives_way_too(given: Callable[..., Stage]) -> None:
     stage = given(cap=250)
     stage.has("z", ALPHA, context=150, ladder=(50,), kind="best_effort")

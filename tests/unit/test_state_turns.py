@@ -260,7 +260,7 @@ def test_a_turn_that_waits_too_long_is_told_what_it_waited_for_and_the_others_go
     crew.has("a2", ALPHA, context=100)
     running = crew.asks("a")
     reasons = {
-        crew.asks("a2"): "one of the 1 seats of its model",
+        crew.asks("a2"): "its model's seat",
         crew.asks("b"): "turns of others to end",
     }
     crew.opened("a")

@@ -265,6 +265,18 @@ def test_whose_cleared_room_a_higher_priority_took_is_refused_if_it_may_not_wait
     assert first.refusal.code is RefusalCode.CAP
 
 
+def test_whom_somebody_that_has_to_wait_came_before_is_refused_if_it_may_not_wait(given: Callable[..., Stage]) -> None:
+    stage = given(cap=350, live_contexts=2)
+    for agent, plan in (("a", ALPHA), ("b", BETA)):
+        stage.has(agent, plan, context=50)
+        stage.converses(agent)
+    hasty = stage.registers("c", GAMMA, context=50)
+    assert hasty.waits, "its room is being cleared"
+    patient = stage.registers("d", model("heavy", weights=150), context=50, priority=1, may_wait=True)
+    assert hasty.refusal.waiting_ahead == 1
+    assert patient.waits
+
+
 def test_whose_room_could_be_cleared_is_refused_behind_others_if_it_may_not_wait(given: Callable[..., Stage]) -> None:
     stage = given(cap=350, live_contexts=2)
     for agent, plan in (("a", ALPHA), ("b", BETA)):

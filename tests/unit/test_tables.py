@@ -27,6 +27,8 @@ from conductor.types import (
     ModelKey,
     ModelState,
     ModelStatus,
+    PoolId,
+    PoolStatus,
     Reservation,
     ReservationId,
     ServiceClass,
@@ -48,7 +50,7 @@ def booked(**sizes: int) -> LedgerStatus:
 
 def agent(id: str) -> AgentStatus:
     return AgentStatus(
-        AgentId(id), ModelKey(id), ServiceClass.SHARED, 2048, 1024, 17, KvPlace.SLOT, 0, 5 * MIB, 0, True, 3, 0.0
+        AgentId(id), ModelKey(id), ServiceClass.SHARED, 2048, 1024, 17, KvPlace.SLOT, 0, 5 * MIB, 0, True, 3, 900, 0.0
     )  # fmt: skip
 
 
@@ -57,7 +59,8 @@ STATUS = Status(
     version="1",
     device=DeviceStatus("[/x] GPU", DeviceKind.CUDA, 100 * MIB, 60 * MIB, 0, 3 * MIB, "forced by [bold]"),
     ledger=booked(weights=40 * MIB, context=2 * MIB),
-    live_contexts=1,
+    live_contexts=None,
+    pools=(PoolStatus(PoolId("model:[/x]"), ModelKey("[/x]"), None, 1024, 4, 2, 1, 2 * MIB, "ready"),),
     models=(ModelStatus(ModelKey("[/x]"), "/a/[b]/c.gguf", ModelState.RESIDENT, 1, 40 * MIB, 39 * MIB, 0.025),),
     agents=tuple(map(agent, IDS)),
     waiting=(WaitingStatus("turn", AgentId("[/x]"), ModelKey("m"), 0, "for [/y]", 0, 1.0, None, 5 * MIB),),
@@ -76,8 +79,9 @@ ADMITTED = Admission(
     AgentId("[/x]"), ModelKey("[red]m[/]"), 2048, ServiceClass.SHARED, 0, 40 * MIB, 1024, 2 * MIB, 42 * MIB, False, 0.0
 )
 TURN = DecodeResult(
-    AgentId("[/x]"), "text", (1, 2, 3), 10, 0, 3, False, FinishReason.LENGTH, 1, 30.0, 0.0, 10.0, AgentId("[red]"), True, 99, 0, 0
-)
+    AgentId("[/x]"), "text", (1, 2, 3), 10, 0, 0, 3, False, FinishReason.LENGTH, 1, 30.0, 0.0, 10.0, 2.0, AgentId("[red]"), True,
+    99, 0, 0, 0,
+)  # fmt: skip
 
 
 def shown(renderable: Any, width: int, **options: Any) -> str:

@@ -35,6 +35,8 @@ from conductor.types import AgentId, ModelId, ModelState, PoolId
 from tests.support.moments import Place, firm, loose, picture, plan, pool, runs, shapes, sits, turn
 
 MODELS = "mnop"
+#: an agent's name is its pool's and a digit, a pool's its model's and perhaps a dash
+POOLS = ["m", "m'", "n", "n'", "o", "p"]
 WINDOWS = st.sampled_from([10, 30, 60, 100])
 SLOTS = st.integers(1, 3)
 AT_REST = (ModelState.PARKED, ModelState.RESIDENT)
@@ -95,15 +97,15 @@ class Moment:
 
 
 @st.composite
-def places_of(draw: st.DrawFn, model: str, ids: itertools.count[int], *, at_rest: bool) -> Place:
+def places_of(draw: st.DrawFn, name: str, ids: itertools.count[int], *, at_rest: bool) -> Place:
     """A legal pool: nobody sits in it before it is there, and whoever still sits in it while it is emptied is on its way out."""
     phase = PoolPhase.READY if at_rest else draw(st.sampled_from(PoolPhase))
-    slots, agents = draw(SLOTS), [f"{model}{i}" for i in range(4)]
+    slots, agents = draw(SLOTS), [f"{name}{i}" for i in range(3)]
     there = phase in (PoolPhase.READY, PoolPhase.DRAINING)
     names = draw(st.lists(st.sampled_from(agents), unique=True, max_size=slots)) if there else []
     sitters = [draw(sitters_of(name, ids, phase=phase, at_rest=at_rest)) for name in names]
     return pool(
-        model, *sitters, phase=phase, bytes=draw(WINDOWS), window=draw(WINDOWS), slots=slots, up_to=draw(SLOTS),
+        name[0], *sitters, name=name, phase=phase, bytes=draw(WINDOWS), window=draw(WINDOWS), slots=slots, up_to=draw(SLOTS),
         settled=at_rest or draw(st.booleans()),
     )  # fmt: skip
 
@@ -126,8 +128,9 @@ def moments(draw: st.DrawFn, *, at_rest: bool = False) -> Moment:
     """`at_rest`: nothing is on its way, and nobody is busy."""
     ids = itertools.count(100)
     live_contexts, room = draw(st.integers(1, 4)), draw(st.integers(0, 500))
-    occupied = draw(st.lists(st.sampled_from(MODELS), unique=True, max_size=live_contexts))
-    places = [draw(places_of(model, ids, at_rest=at_rest)) for model in occupied]
+    occupied = draw(st.lists(st.sampled_from(POOLS), unique=True, max_size=live_contexts))
+    under = {name[0] for name in occupied}
+    places = [draw(places_of(name, ids, at_rest=at_rest)) for name in occupied]
     guaranteed = draw(st.lists(st.sampled_from(MODELS), unique=True, max_size=2))
     for model in guaranteed:
         busy = not at_rest and draw(st.booleans())
@@ -138,15 +141,15 @@ def moments(draw: st.DrawFn, *, at_rest: bool = False) -> Moment:
         if model in guaranteed or draw(st.booleans())
         else loose(
             model,
-            ModelState.RESIDENT if model in occupied else draw(st.sampled_from(AT_REST if at_rest else list(ModelState))),
+            ModelState.RESIDENT if model in under else draw(st.sampled_from(AT_REST if at_rest else list(ModelState))),
             bytes=draw(WINDOWS),
             last_turn=draw(st.integers(0, 9)),
         )
         for model in MODELS
     ]
-    agents = [f"{model}{i}" for model in MODELS for i in range(4)] + [f"{model}g" for model in guaranteed]
+    agents = [f"{name}{i}" for name in POOLS for i in range(3)] + [f"{model}g" for model in guaranteed]
     waiting = draw(st.lists(st.sampled_from(agents), max_size=8).flatmap(lambda names: lines(tuple(names))))
-    prospects = {model: Prospect(draw(st.integers(1, 4)), draw(WINDOWS)) for model in MODELS}
+    prospects = {name: Prospect(draw(st.integers(1, 4)), draw(WINDOWS)) for name in POOLS}
     return Moment(waiting, places, models, live_contexts, room, prospects)
 
 
@@ -161,7 +164,7 @@ def lines(draw: st.DrawFn, agents: tuple[str, ...]) -> list[WaitingTurn]:
         found.append(
             turn(
                 id, agent, agent[0], bytes=window, slots=slots, window=window, tokens=tokens, priority=priority, served=served,
-                blocked=blocked,
+                blocked=blocked, pool=agent[:-1],
             )
         )  # fmt: skip
     return sorted(found, key=lambda waiter: waiter.rank)

@@ -5,13 +5,11 @@ See also: `test_turns.py`, for the ten rules.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 
 from conductor.core.moment import Prospect, Sitter, Step, WaitingTurn
 from conductor.core.sessions import Phase
-from conductor.types import ModelState, PoolId
+from conductor.types import ModelState
 from tests.support.moments import (
     closing,
     drain,
@@ -195,7 +193,7 @@ def test_weights_are_loaded_for_one_seat_even_where_many_wait() -> None:
 
 def test_two_pools_of_one_model_load_its_weights_once() -> None:
     first = turn(1, "a", "m", bytes=20)
-    second = replace(turn(2, "b", "m", bytes=20), pool=PoolId("m with other KV"))
+    second = turn(2, "b", "m", bytes=20, pool="m with other KV")
     waiting, parked = [first, second], [loose("m", ModelState.PARKED, bytes=60)]
     assert plan(waiting, [], parked, live_contexts=2, room=100) == [load("m")]
     third = turn(3, "c", "n", bytes=1)
@@ -235,8 +233,9 @@ def test_not_before_the_pool_has_been_there_for_the_minimum() -> None:
     assert plan(one_more, [pool("m", runs(9, "a"), bytes=50, up_to=2, settled=False)]) == []
 
 
-def test_whoever_ranks_lower_stands_still_before_the_pool_is_made_anew() -> None:
-    assert plan(one_more, [pool("m", runs(9, "a", served=9), bytes=50, up_to=2)]) == [pause(9)]
+def test_nobody_gives_way_for_a_seat_that_idle_memory_is_there_for() -> None:
+    assert plan(one_more, [pool("m", runs(9, "a", served=9), bytes=50, up_to=2)]) == [drain("m", for_turn=1)]
+    assert plan(one_more, [pool("m", sits("a"), bytes=50, up_to=2)]) == [drain("m", for_turn=1)]
 
 
 # --- made anew with a larger window -------------------------------------------------------------------------------------
@@ -275,6 +274,12 @@ def test_a_pool_that_is_new_and_wanted_is_not_sent_away_for_another() -> None:
     new = pool("m", sits("a"), settled=False)
     assert plan([turn(1, "b", "n"), turn(2, "a", "m")], [new]) == [start(2, "a")]
     assert plan([turn(1, "b", "n")], [new]) == [drain("m", for_turn=1)], "unless nobody wants it"
+
+
+def test_one_that_is_too_small_for_whoever_wants_it_is_sent_away_new_or_not() -> None:
+    new = pool("m", sits("a"), bytes=20, window=20, settled=False)
+    stuck = turn(1, "a", "m", bytes=400, window=400, tokens=175)
+    assert plan([stuck, turn(2, "b", "n", bytes=20)], [new], room=100) == [drain("m", for_turn=2)]
 
 
 def test_a_pool_whose_turns_all_rank_lower_makes_place_for_another() -> None:

@@ -4,6 +4,7 @@
     model      weights and vocabulary
     context    a live context: sequences side by side, decoded together
     sequence   one slot of it: cut, moved, saved, restored
+    streams    what it saves, in a form that any context of the model takes
     batch      the tokens of one decode
     sampler    how the next token is drawn
     binding    the library's functions by name
@@ -18,5 +19,6 @@ from conductor.backend.llama.library import Llama
 from conductor.backend.llama.model import Model
 from conductor.backend.llama.sampler import Sampler
 from conductor.backend.llama.sequence import Sequence
+from conductor.backend.llama.streams import Form
 
-__all__ = ["KV_TYPES", "Batch", "ByteArray", "Context", "Llama", "LlamaError", "Model", "NoRoom", "Sampler", "Sequence"]
+__all__ = ["KV_TYPES", "Batch", "ByteArray", "Context", "Form", "Llama", "LlamaError", "Model", "NoRoom", "Sampler", "Sequence"]

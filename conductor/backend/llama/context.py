@@ -16,6 +16,7 @@ import numpy.typing as npt
 from conductor.backend.llama.batch import Batch
 from conductor.backend.llama.binding import KV_TYPES, LlamaError, function, quick
 from conductor.backend.llama.sequence import Sequence
+from conductor.backend.llama.streams import Streams
 from conductor.core.estimate import Footprint, batch_tokens, refusal, slot_cells, step_tokens
 from conductor.types import ContextSpec, DeviceKind
 
@@ -69,6 +70,11 @@ class Context:
         self.n_slots, self.window = spec.slots, slot_cells(spec)  #: tokens of each slot
         self.memory = ll.llama_get_memory(handle)
         self.sliding_window = int(ll.llama_model_n_swa(model_handle))
+        recurrent, hybrid = (bool(of(model_handle)) for of in (ll.llama_model_is_recurrent, ll.llama_model_is_hybrid))
+        #: a state cannot be cut back: a part of what it has seen cannot be forgotten
+        self.recurrent = recurrent or hybrid
+        caches = 2 if self.sliding_window else 1
+        self.streams = Streams(spec.slots, 0 if recurrent and not hybrid else caches, hybrid)
         #: a GPU works on after `decode` has returned
         self.works_on = kind is DeviceKind.CUDA
         #: sequences were copied or shifted: llama.cpp does that with the next decode, and shows it as done before

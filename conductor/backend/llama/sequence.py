@@ -7,10 +7,15 @@ from typing import TYPE_CHECKING
 import llama_cpp.llama_cpp as ll
 
 from conductor.backend.llama.binding import ByteArray, LlamaError, pointer
+from conductor.backend.llama.streams import Form
 
 if TYPE_CHECKING:
     from conductor.backend.llama.context import Context
     from conductor.backend.llama.model import Model
+
+#: of a state: only what a cache forgets as it goes, sliding or recurrent; where there is none of that, all of it
+_PARTIAL = 1
+_HEADER_BYTES = 8
 
 
 class Sequence:
@@ -55,19 +60,34 @@ class Sequence:
         return True
 
     def state_bytes(self) -> int:
-        return int(ll.llama_state_seq_get_size(self.context.handle, self.slot))
+        """What `save` needs; the same in a context of any number of slots."""
+        return self.context.streams.bytes(self._size(0))
 
-    def save(self, buffer: ByteArray) -> None:
-        """Copy the sequence's KV into `buffer`, which has `state_bytes()` bytes. Raises LlamaError."""
+    def _size(self, flags: int) -> int:
+        return int(ll.llama_state_seq_get_size_ext(self.context.handle, self.slot, flags))
+
+    def save(self, buffer: ByteArray) -> Form | None:
+        """Copy the sequence's KV into `buffer`, which has `state_bytes()` bytes. Raises LlamaError.
+
+        Pack the form before anything else is done with it. None: only a context of as many slots can take it.
+        """
         if self.context.pending:  # what llama.cpp would give is from before, and labelled as from after
             raise LlamaError("its cells were moved and nothing was decoded since")
-        written = ll.llama_state_seq_get_data(self.context.handle, pointer(buffer), buffer.nbytes, self.slot)
-        if written != buffer.nbytes:
-            raise self.context.complaint(f"saved {written} of {buffer.nbytes} bytes")
+        streams, size = self.context.streams, self._size(0)
+        state = buffer[streams.offset : streams.offset + size]
+        written = ll.llama_state_seq_get_data(self.context.handle, pointer(state), size, self.slot)
+        if written != size or state.nbytes != size:
+            raise self.context.complaint(f"saved {written} of {size} bytes")
+        return streams.form(buffer, size, second=self._size(_PARTIAL) - _HEADER_BYTES, slot=self.slot)
 
-    def restore(self, buffer: ByteArray) -> bool:
+    def restore(self, buffer: ByteArray, form: Form | None) -> bool:
         """Bring a saved KV back; False (and an empty sequence) if llama.cpp does not take it."""
-        if ll.llama_state_seq_set_data(self.context.handle, pointer(buffer), buffer.nbytes, self.slot) == buffer.nbytes:
+        if form is not None:
+            start, size = form.opened(buffer, self.context.n_slots)
+        else:
+            start, size = self.context.streams.offset, buffer.nbytes - self.context.streams.slack
+        state = buffer[start : start + size]
+        if ll.llama_state_seq_set_data(self.context.handle, pointer(state), size, self.slot) == size:
             return True
         self.clear()
         return False
