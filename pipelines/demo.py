@@ -36,6 +36,12 @@ _QUESTIONS = {
     "coder": ("Write a Python function `is_prime(n)` that checks whether a number is prime.",),
 }
 
+_TO_CLONES = (
+    "Write a Python function `largest(numbers)` that returns the largest number.",
+    "Write a Python function `count_words(text)` that returns the number of words.",
+    "Write a Python function `is_even(n)` that checks whether a number is even.",
+)
+
 
 @dataclass
 class Transcript:
@@ -99,6 +105,7 @@ class _Demo:
         self._register()
         self._look()
         self._take_turns()
+        self._decode_together()
         self._refuse()
         self._crew(request)
         self._ray_beside_ledger("while three agents are registered")
@@ -140,7 +147,7 @@ class _Demo:
 
     def _take_turns(self) -> None:
         a, b = "documenter-1", "coder-1"
-        out.print(Rule(f"turns: {a} → {b} → {a}, one live context"))
+        out.print(Rule(f"turns: {a} → {b} → {a}, one model live at a time"))
         first, second, third = turns = [self._turn(agent_id) for agent_id in (a, b, a)]
         out.print(tables.decodes(turns))
         self._transcript.step("turns", turns=[turn.to_json() for turn in turns])
@@ -154,7 +161,32 @@ class _Demo:
         places = {agent.id: agent.kv for agent in ray.get(self._conductor.list.remote())}
         claim(f"the KV of {a} is in its slot, that of {b} in host memory", (places[a], places[b]) == (KvPlace.SLOT, KvPlace.HOST))
         holders = [r.holder for r in self._status().ledger.reservations if r.kind is Kind.CONTEXT]
-        claim(f"in the ledger {a} alone holds a context", holders == [a])
+        claim(f"in the ledger the model of {a} alone holds a context", holders == [self._agents[a]])
+
+    def _decode_together(self) -> None:
+        """Two clones of an agent's conversation, and all three asked at once."""
+        source, clones = "coder-1", ["coder-2", "coder-3"]
+        out.print(Rule(f"{source} and two clones of it, in one batch"))
+        for clone in clones:
+            ray.get(self._conductor.fork.remote(source, clone))
+        held = {agent.id: agent.tokens for agent in ray.get(self._conductor.list.remote())}
+        chat = self._chats[source]
+        asked = [[*chat, {"role": "user", "content": question}] for question in _TO_CLONES]
+        calls = [
+            self._conductor.decode.remote(agent_id, messages=messages, max_tokens=80)
+            for agent_id, messages in zip([source, *clones], asked, strict=True)
+        ]
+        turns: list[DecodeResult] = ray.get(calls)
+        out.print(tables.decodes(turns))
+        status = self._status()
+        out.print(tables.pools(status.pools))
+        self._transcript.step("together", turns=[turn.to_json() for turn in turns], pools=[pool.to_json() for pool in status.pools])
+        claim = self._transcript.claim
+        claim("the clones went on from the conversation: it was not read again",
+              all(turn.prompt_tokens_reused >= held[source] - 1 for turn in turns))  # fmt: skip
+        claim("all three sit in one pool of the model", [pool.seated for pool in status.pools] == [3])
+        for clone in clones:
+            ray.get(self._conductor.unregister.remote(clone))
 
     def _turn(self, agent_id: str) -> DecodeResult:
         """The agent's next question, its answer printed as it comes."""

@@ -80,7 +80,7 @@ class _Plan:
     def __init__(self, picture: Picture, heads: Sequence[WaitingTurn]) -> None:
         self.steps: list[Step] = []
         self._heads, self._models, self._prospects = heads, picture.models, picture.prospects
-        self._room_bytes = picture.room_bytes
+        self._room_bytes, self._live_contexts = picture.room_bytes, picture.live_contexts
         self._own = {sitter.agent_id: sitter for sitter in picture.sitters}
         self._pools = {id: pool for id, pool in picture.pools.items() if not pool.guaranteed}
         self._guaranteed = picture.pools.keys() - self._pools.keys()
@@ -259,7 +259,9 @@ class _Plan:
     def _kept_for_others(self, pool: PoolId) -> int:
         """What the other pools that somebody may ask for would take: more seats here are not worth their coming and going."""
         known = self._pools.keys() | self._claimed | {pool}
-        return sum(prospect.bytes for id, prospect in self._prospects.items() if id not in known)
+        others = sorted((prospect.bytes for id, prospect in self._prospects.items() if id not in known), reverse=True)
+        places = self._live_contexts - len(known)
+        return sum(others if places >= len(others) else others[: max(0, int(places))])
 
     def _find_place(self, turn: WaitingTurn) -> bool:
         """Whether one of the live contexts' places is free now; if not, one is waited for or cleared."""

@@ -105,7 +105,7 @@ def test_memory_that_another_models_agents_may_ask_for_is_not_given_to_seats(giv
 
 
 def test_a_newcomer_gets_the_room_of_seats_beyond_the_promise(given: Callable[..., Stage]) -> None:
-    stage = given(cap=300)
+    stage = given(cap=300, live_contexts=2)
     for agent in "abc":
         stage.has(agent, ALPHA, context=50, slots=4)
     for agent in "abc":

@@ -149,7 +149,13 @@ def test_it_has_seats_for_those_who_do_not_wait_too_as_far_as_memory_is_idle() -
 def test_what_the_least_pools_of_others_would_take_is_left_for_them(room: int, slots: int) -> None:
     waiting = three()
     others = {"m": Prospect(5), "n": Prospect(2, 120), "o": Prospect(1, 80)}
-    assert plan(waiting, [], prospects=others, room=room) == [open_(waiting[0], slots=slots)]
+    assert plan(waiting, [], prospects=others, live_contexts=3, room=room) == [open_(waiting[0], slots=slots)]
+
+
+def test_nothing_is_left_for_more_of_them_than_there_are_places_for() -> None:
+    waiting, others = three(), {"m": Prospect(5), "n": Prospect(2, 120), "o": Prospect(1, 80)}
+    assert plan(waiting, [], prospects=others, live_contexts=2, room=170) == [open_(waiting[0], slots=5)]
+    assert plan(waiting, [], prospects=others, live_contexts=1, room=50) == [open_(waiting[0], slots=5)]
 
 
 def test_nothing_is_left_for_others_whose_pool_is_there() -> None:
@@ -215,7 +221,8 @@ def test_a_pool_is_emptied_to_be_made_anew_with_more_seats_if_there_is_memory_fo
 @pytest.mark.parametrize(("room", "steps"), [(130, [drain("m", for_turn=1)]), (129, [])])
 def test_not_with_memory_that_others_might_ask_for(room: int, steps: list[Step]) -> None:
     others = {"n": Prospect(1, 30)}
-    assert plan(one_more, [pool("m", runs(9, "a"), bytes=50, up_to=2)], room=room, prospects=others) == steps
+    places = [pool("m", runs(9, "a"), bytes=50, up_to=2)]
+    assert plan(one_more, places, room=room, prospects=others, live_contexts=2) == steps
 
 
 def test_not_for_agents_that_are_not_there() -> None:
