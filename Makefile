@@ -41,8 +41,9 @@ check: venv ## ruff and mypy
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 
-bench: venv ## what the actor costs over bare llama.cpp, and what a ledger decision costs
+bench: venv ## what the actor costs over bare llama.cpp, one agent and many at once, and what a ledger decision costs
 	@$(BIN)/python benchmarks/overhead.py
+	@$(BIN)/python benchmarks/batching.py
 
 venv: $(STAMP) ## the virtual environment (compiles llama-cpp-python the first time: about 5 minutes)
 

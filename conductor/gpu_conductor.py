@@ -175,7 +175,7 @@ class GpuConductor:
         """Admit an agent whose conversation begins where another's is, after the turns asked for so far; nothing is read again.
 
         It gets the model, the window, the class and the priority of the other. Raises what `register` raises, UnknownAgent, and
-        WindowRefused.
+        WindowRefused, and TurnCancelled if `cancel` ends it with the turns before it.
         """
         await self.start()
         arrived_at = time.monotonic()
@@ -185,6 +185,8 @@ class GpuConductor:
         agent = self._state.agents[source]
         spec = replace(agent.spec, id=id, owner=owner, ladder=agent.spec.ladder[agent.rung :])
         await self._executive.read_device()
+        if owner in self._dead_owners:
+            raise UnknownAgent(id)
         admitted = await self._admit(spec, patience)
         request = self._executive.request()
         try:

@@ -12,6 +12,7 @@ from conductor.core.state import State
 from conductor.core.waitlist import Waiting
 from conductor.executive import Executive
 from conductor.types import (
+    AgentId,
     AgentStatus,
     DeviceStatus,
     LedgerStatus,
@@ -121,10 +122,10 @@ class Picture:
         """Registrations, then turns, each in the order in which they will be served."""
         now = time.monotonic()
         registrations = enumerate(self._state.waitlist.in_order(now))
-        turns = enumerate(self._state.rotation.in_order(now))
+        turns, heads = enumerate(self._state.rotation.in_order(now)), self._state.rotation.heads()
         return (
             *(self._registration(waiting, position, now) for position, waiting in registrations),
-            *(self._turn(turn, position, now) for position, turn in turns),
+            *(self._turn(turn, position, now, heads) for position, turn in turns),
         )
 
     def _registration(self, waiting: Waiting, position: int, now: float) -> WaitingStatus:
@@ -144,14 +145,14 @@ class Picture:
             requested_bytes=requested,
         )
 
-    def _turn(self, turn: Turn, position: int, now: float) -> WaitingStatus:
+    def _turn(self, turn: Turn, position: int, now: float, heads: dict[AgentId, Turn]) -> WaitingStatus:
         agent: Agent = self._state.agents[turn.agent_id]
         return WaitingStatus(
             what="turn",
             agent_id=agent.id,
             model=agent.spec.model.key,
             position=position,
-            reason=self._state.schedule.reason(turn),
+            reason=self._state.schedule.reason(turn, heads),
             priority=agent.spec.priority,
             waited_s=now - turn.arrived_at,
             expires_in_s=self._executive.turns.expires_in_s(turn.id),

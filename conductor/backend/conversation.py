@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -13,6 +14,9 @@ from conductor.errors import ChatTemplateFailed, InvalidRequest
 from conductor.types import DecodeRequest, Message
 
 _COMPARED = 1024  #: tokens of a block in `common_prefix`
+_HEADS = 64  #: system messages whose tokens are remembered
+_PROBE = "\u2301 probe"  #: begins as no other message does
+_NEVER = sys.maxsize
 
 
 @dataclass(slots=True)
@@ -32,15 +36,24 @@ class Conversation:
     partial: bytes = b""
     #: its cache was dropped with its context, and will be missed if it comes back
     given_up: bool = False
+    #: from this token on the cache was moved by a context shift: it is the session's, but not what reading afresh gives
+    shifted_from: int = _NEVER
 
     @property
     def cached(self) -> int:
         """Tokens from the start that need not be decoded."""
         return min(self.held, self.valid)
 
+    @property
+    def fresh(self) -> int:
+        """Tokens from the start whose cache is what reading them afresh gives: as good for whoever begins with the same."""
+        return min(self.cached, self.shifted_from)
+
     def has_decoded(self, n_tokens: int) -> None:
         """The cache holds the first `n_tokens` now and nothing else."""
         self.held = self.valid = n_tokens
+        if n_tokens <= self.shifted_from:
+            self.shifted_from = _NEVER
 
     def rewind(self, slot: Slot, n_tokens: int) -> None:
         """Let the cache hold no more than the first `n_tokens`; where the architecture cannot, nothing."""
@@ -57,6 +70,7 @@ class Conversation:
         """Forget `count` tokens from `first` on, by moving the cache if the architecture can."""
         if self.cached >= first + count and slot.shift(first, first + count):
             self.has_decoded(self.cached - count)
+            self.shifted_from = min(self.shifted_from, first)
         else:
             self.rewind(slot, first)
         self.tokens = self.tokens[:first] + self.tokens[first + count :]  # a turn may keep the list as it was before
@@ -77,6 +91,7 @@ class Prompter:
     def __init__(self, model: Model) -> None:
         self.model = model
         self._template: TemplateChild | None = None
+        self._heads: dict[str, list[int]] = {}
 
     def target(self, conversation: Conversation, request: DecodeRequest) -> list[int]:
         """The conversation as it is to stand before the answer. Raises InvalidRequest, ChatTemplateFailed."""
@@ -98,6 +113,25 @@ class Prompter:
             newest = self.model.tokenize(request.messages[-1].content, add_special=False, parse_special=False)
             return max(0, len(target) - len(newest))
         return 0 if request.reset else len(conversation.tokens)
+
+    def head(self, request: DecodeRequest, target: Sequence[int]) -> int:
+        """How many tokens a chat's target begins with that are its system message's, whatever a user says to it; 0 if unknown.
+
+        Only of models that `forgets`. Found by saying something else: the template tells nobody where a message ends.
+        """
+        messages = request.messages
+        if not self.model.forgets or messages is None or len(messages) < 2 or messages[0].role != "system":
+            return 0
+        system = messages[0].content
+        if system not in self._heads:
+            try:
+                other = self._chat([messages[0], Message("user", _PROBE)])
+            except ChatTemplateFailed:
+                other = []
+            if len(self._heads) >= _HEADS:
+                self._heads.clear()
+            self._heads[system] = list(target[: common_prefix(target, other)])
+        return common_prefix(target, self._heads.get(system, []))
 
     def close(self) -> None:
         """Let the chat template's child go."""

@@ -80,6 +80,7 @@ class Engine:
 
     def close(self) -> None:
         self._threads.shutdown()
+        self._pools.end()
         self._models.close()
         self.estimator.close()
         self._saved.close()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -57,10 +57,17 @@ class Seal:
     parts: tuple[tuple[int, int], ...]  #: (start, end) of what it is about; what lies outside is nobody's
 
     @classmethod
-    def of(cls, label: Label, payload: ByteArray, parts: tuple[tuple[int, int], ...] | None = None) -> Seal:
-        """`parts`: None for all of it."""
+    def of(
+        cls,
+        label: Label,
+        payload: ByteArray,
+        parts: tuple[tuple[int, int], ...] | None = None,
+        *,
+        between: Callable[[], None] | None = None,
+    ) -> Seal:
+        """`parts`: None for all of it. `between`: called before each chunk, and may wait."""
         parts = ((0, payload.nbytes),) if parts is None else parts
-        return cls(label, payload.nbytes, checksum(*_cut(payload, parts)), parts)
+        return cls(label, payload.nbytes, checksum(*_cut(payload, parts), between=between), parts)
 
     def require_label(self, label: Label) -> None:
         """Raises DamagedBlob."""
@@ -80,18 +87,24 @@ def _cut(payload: ByteArray, parts: tuple[tuple[int, int], ...]) -> list[ByteArr
     return [payload[start:end] for start, end in parts]
 
 
-def checksum(*payloads: ByteArray) -> int:
+def checksum(*payloads: ByteArray, between: Callable[[], None] | None = None) -> int:
     """xxh3_64 over the xxh3_64 of each chunk, so that threads can share the work.
 
     `update` of an object made empty is the call that gives up the interpreter lock in every xxhash since 3.0; the one-line
     functions do so since 4.0 only. So no other thread of Python waits for a hash.
     """
     chunks = itertools.chain.from_iterable(map(_chunks, payloads))
+
+    def digest(chunk: ByteArray) -> bytes:
+        if between is not None:
+            between()
+        return _digest(chunk)
+
     if sum(payload.nbytes for payload in payloads) < _PARALLEL_BYTES or _THREADS == 1:
-        digests = b"".join(map(_digest, chunks))
+        digests = b"".join(map(digest, chunks))
     else:
         with ThreadPoolExecutor(_THREADS, thread_name_prefix="kv-checksum") as pool:
-            digests = b"".join(pool.map(_digest, chunks))
+            digests = b"".join(pool.map(digest, chunks))
     return xxhash.xxh3_64_intdigest(digests)
 
 

@@ -20,6 +20,7 @@ import numpy as np
 from conductor.backend.kv_arena import KvArena, Span
 from conductor.backend.kv_disk import KvDisk, KvFile
 from conductor.backend.kv_seal import DamagedBlob, Label, Seal
+from conductor.backend.precedence import Precedence
 from conductor.errors import InternalError
 from conductor.types import KvPlace
 
@@ -70,6 +71,7 @@ class KvStore:
         self._disk = disk
         self._sealers = ThreadPoolExecutor(_SEALERS, thread_name_prefix="kv-seal")
         self._checkers = ThreadPoolExecutor(_CHECKERS, thread_name_prefix="kv-check")
+        self._precedence = Precedence()  #: of checks: somebody waits for them
         self._blobs: set[Blob] = set()
         self._lock = threading.Lock()  # which blobs there are and where each is; held for moments
 
@@ -96,11 +98,17 @@ class KvStore:
 
         What `fill` raises passes on, the place freed. It may not keep the array, nor write or read other blobs meanwhile.
         """
+        rest = self.begin(bytes, label, fill, to=to)
+        return rest() if rest else None
+
+    def begin(self, bytes: int, label: Label, fill: Fill, *, to: KvPlace = KvPlace.HOST) -> Callable[[], Blob | None] | None:
+        """As `write`, as far as `fill` is needed. What is left to do, in any thread: for a disk, the writing."""
         if bytes < 1:
             return None
         if to is KvPlace.HOST:
-            return self._write_to_host(bytes, label, fill)
-        return self._write_to_disk(bytes, label, fill) if self._disk else None
+            blob = self._write_to_host(bytes, label, fill)
+            return lambda: blob
+        return self._begin_on_disk(bytes, label, fill) if self._disk else None
 
     def read(self, blob: Blob, label: Label, use: Callable[[ByteArray], T], *, unchecked: bool = False) -> T:
         """What `use` makes of the bytes, which are those that `fill` left. The blob stays.
@@ -115,7 +123,7 @@ class KvStore:
         with self._open(blob) as payload:
             checked: Future[None] | None = None
             if unchecked and blob.bytes >= _WORTH_A_THREAD_BYTES and blob.place is KvPlace.HOST:
-                checked = self._checkers.submit(seal.require_payload, payload)
+                checked = self._checkers.submit(self._check, seal, payload)
             else:
                 seal.require_payload(payload)
             shown = payload.view()
@@ -125,6 +133,10 @@ class KvStore:
             finally:
                 if checked is not None:
                     checked.result()
+
+    def _check(self, seal: Seal, payload: ByteArray) -> None:
+        with self._precedence.first():
+            seal.require_payload(payload)
 
     def to_disk(self, blob: Blob) -> bool:
         """Move the blob to a file and free its place in the arena. False, the blob as it was, if the disk does not take it."""
@@ -205,14 +217,14 @@ class KvStore:
         """Whoever wants to know waits for the seal, so there is one to be had whatever happens, if only an error."""
         try:
             with self._arena.open(span) as payload:
-                _seal(blob, payload)
+                _seal(blob, payload, between=self._precedence.give_way)
         except BaseException as error:
             blob.sealed.set_exception(error)
             raise
         finally:
             self._arena.drop(span)
 
-    def _write_to_disk(self, bytes: int, label: Label, fill: Fill) -> Blob | None:
+    def _begin_on_disk(self, bytes: int, label: Label, fill: Fill) -> Callable[[], Blob | None] | None:
         file = self._files.take(bytes)
         if file is None:
             return None
@@ -223,6 +235,12 @@ class KvStore:
             except MemoryError:
                 return None
             blob = Blob(label, bytes, fill(payload), file)
+            undo.pop_all()
+        return lambda: self._write_to_disk(blob, file, payload)
+
+    def _write_to_disk(self, blob: Blob, file: KvFile, payload: ByteArray) -> Blob | None:
+        with ExitStack() as undo:
+            undo.callback(self._files.release, file)
             _seal(blob, payload)
             if not self._files.save(file, blob.seal, [payload]):
                 return None
@@ -266,7 +284,7 @@ class KvStore:
             raise InternalError(f"a saved KV of {blob.bytes} bytes that is not here, or was freed")
 
 
-def _seal(blob: Blob, payload: ByteArray) -> None:
+def _seal(blob: Blob, payload: ByteArray, *, between: Callable[[], None] | None = None) -> None:
     if blob.form is not None:
         blob.form = blob.form.packed(payload)
-    blob.sealed.set_result(Seal.of(blob.label, payload, blob.form.parts if blob.form else None))
+    blob.sealed.set_result(Seal.of(blob.label, payload, blob.form.parts if blob.form else None, between=between))

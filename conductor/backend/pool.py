@@ -13,13 +13,16 @@ import contextlib
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import TypeVar
 
+from conductor.backend.kv_seal import Label
 from conductor.backend.llama import Context, LlamaError
+from conductor.backend.prefixes import Prefixes
 from conductor.backend.seat import Seat
 from conductor.backend.seating import Seating
+from conductor.backend.snapshots import Snapshots
 from conductor.backend.stepper import Ending, Stepper
 from conductor.backend.thread_budget import ThreadBudget
 from conductor.backend.turn import Outgrown, Paused, TurnEnd, TurnOrder
@@ -35,7 +38,10 @@ Done = Callable[[TurnEnd | Exception], None]
 
 
 class Pool:
-    """`budget`: where steps take `n_threads` from, on the host device. Close it when nobody sits in it any more."""
+    """`budget`: where steps take `n_threads` from, on the host device. Close it when nobody sits in it any more.
+
+    `label`: of a state of so many tokens.
+    """
 
     def __init__(
         self,
@@ -47,9 +53,12 @@ class Pool:
         max_stall_s: float,
         budget: ThreadBudget | None,
         n_threads: int,
+        snapshots: Snapshots,
+        label: Callable[[int], Label],
     ) -> None:
         self.id, self.context = id, context
         self.seating = Seating(context, weights_bytes=weights_bytes, slot_bytes=slot_bytes)
+        self._prefixes = Prefixes(context, self.seating.seats, snapshots, label)
         self._stepper = Stepper(context, max_stall_s=max_stall_s)
         self._budget, self._n_threads, self._has_threads = budget, n_threads, False
         self._calls: deque[Callable[[], None]] = deque()
@@ -129,8 +138,11 @@ class Pool:
             return called
         if len(self._ready) > 1:
             self._close_gaps()
+        going: Sequence[TurnRun] = self._ready
+        if self._prefixes.readers:
+            going = self._prefixes.settle(going, self._done)
         self._take_threads()
-        self._end_all(self._stepper.step(self._ready))
+        self._end_all(self._stepper.step(going))
         return True
 
     def _let_in(self, run: TurnRun, seat: Seat, order: TurnOrder, done: Done) -> None:
@@ -144,6 +156,8 @@ class Pool:
         else:
             if outgrown is not None:
                 self._end(run, outgrown)
+            else:
+                self._prefixes.watch(run)
         self._sort()
 
     def _attend(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 from conductor.backend.device import Device
@@ -9,6 +10,7 @@ from conductor.backend.kv_seal import Label
 from conductor.backend.llama import LlamaError
 from conductor.backend.models import Loaded, rounded, temporary_bytes
 from conductor.backend.pool import Pool
+from conductor.backend.snapshots import Snapshots
 from conductor.backend.thread_budget import ThreadBudget
 from conductor.core.estimate import cache_bytes
 from conductor.errors import DecodeFailed, InternalError
@@ -26,8 +28,7 @@ class OpenPool:
 
     def label(self, tokens: int) -> Label:
         """What a saved KV of so many tokens must be labelled with to be this context's."""
-        spec = self.spec
-        return Label(self.model_id, spec.kv_type, spec.flash_attention, spec.slots, tokens)
+        return _label(self.model_id, self.spec, tokens)
 
 
 class Pools:
@@ -36,6 +37,7 @@ class Pools:
     def __init__(self, *, threads: int, threads_each: int, max_stall_s: float) -> None:
         self._threads_each, self._max_stall_s = min(threads, threads_each), max_stall_s
         self._budget = ThreadBudget(threads)
+        self._snapshots = Snapshots()
         self._open: dict[PoolId, OpenPool] = {}
 
     def __getitem__(self, pool_id: PoolId) -> OpenPool:
@@ -74,6 +76,8 @@ class Pools:
                 max_stall_s=self._max_stall_s,
                 budget=self._budget if device.kind is DeviceKind.HOST else None,
                 n_threads=self._threads_each,
+                snapshots=self._snapshots,
+                label=functools.partial(_label, model_id, spec),
             )
             self._open[pool_id] = OpenPool(pool, loaded, model_id, spec, taken, temporary)
         return taken + temporary if took else None
@@ -83,3 +87,11 @@ class Pools:
         with device.moving():
             self[pool_id].pool.close()
             del self._open[pool_id]
+
+    def end(self) -> None:
+        """Nothing is opened any more."""
+        self._snapshots.close()
+
+
+def _label(model_id: ModelId, spec: ContextSpec, tokens: int) -> Label:
+    return Label(model_id, spec.kv_type, spec.flash_attention, spec.slots, tokens)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -52,45 +53,54 @@ class SavedKv:
         with self._fates_lock:
             self._fates[fate] += 1
 
-    def save(self, agent_id: AgentId, sequence: Sequence, label: Label, *, to: KvPlace) -> Blob | None:
-        """Copy the sequence's KV; None if there is no room for it or llama.cpp would not give it."""
+    def save(self, agent_id: AgentId, sequence: Sequence, label: Label, *, to: KvPlace) -> Callable[[], Blob | None]:
+        """Copy the sequence's KV. What is left to do, in any thread, says where it is: None if it could not be kept."""
         try:
-            blob = self._store.write(sequence.state_bytes(), label, sequence.save, to=to)
+            rest = self._store.begin(sequence.state_bytes(), label, sequence.save, to=to)
         except LlamaError as error:
             log.warning("the KV of %s could not be saved: %s", agent_id, error)
-            blob = None
+            rest = None
+        return lambda: self._saved(agent_id, rest() if rest else None)
+
+    def _saved(self, agent_id: AgentId, blob: Blob | None) -> Blob | None:
         if blob is None:
             self.count_dropped()
         else:
             self._blobs[agent_id] = blob
         return blob
 
-    def restore(self, agent_id: AgentId, sequence: Sequence, label: Label) -> int:
+    def restore(self, agent_id: AgentId, sequence: Sequence, label: Label, *, purge: Callable[[], None]) -> int:
         """Bring the agent's KV back, and free its place. Returns its bytes; 0 if there is none that can be used.
 
-        It stays where it is if anything unforeseen is raised.
+        It stays where it is if anything unforeseen is raised. `purge`: wipes the sequence, if it was given damaged bytes.
         """
         blob = self._blobs.get(agent_id)
         if blob is None:
             return 0
-        restored = 0
+        restored, given = 0, False
+
+        def use(state: ByteArray) -> bool:
+            nonlocal given
+            given = True
+            return sequence.restore(state, blob.form)
+
         try:
-            if self._read(blob, sequence, label):
+            if self._read(blob, label, use):
                 restored = blob.bytes
             else:
                 self.count_dropped()
         except DamagedBlob as damage:
-            sequence.clear()  # it may hold what turned out to be damaged
+            if given:  # before it was known
+                purge()
             log.warning("the saved KV of %s is not used: %s", agent_id, damage)
             self._count("damaged")
         self.forget(agent_id)
         return restored
 
-    def _read(self, blob: Blob, sequence: Sequence, label: Label) -> bool:
+    def _read(self, blob: Blob, label: Label, use: Callable[[ByteArray], bool]) -> bool:
         if blob.form is None and blob.label.slots != label.slots:
             return False  # of a layout that nobody knows how to change
-        label = replace(label, slots=blob.label.slots)
-        return self._store.read(blob, label, lambda state: sequence.restore(state, blob.form), unchecked=True)
+        return self._store.read(blob, replace(label, slots=blob.label.slots), use, unchecked=True)
 
     def copy(self, source: AgentId, new: AgentId) -> Blob | None:
         """The same KV for another agent, in host memory. None if there is none, no room for it, or it is damaged."""

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from conductor.backend.conversation import Conversation
-from conductor.backend.llama import ByteArray, Context, Form
+from conductor.backend.llama import ByteArray, Context, Form, LlamaError
 from conductor.backend.seat import Seat
 from conductor.errors import InternalError
 from conductor.types import AgentId
@@ -45,6 +45,17 @@ class Seating:
         """Free the slot, and what is in it."""
         self.seats.pop(seat.agent_id)
         seat.sequence.clear()
+
+    def purge(self, seat: Seat) -> None:
+        """Wipe what a slot was given in error. Clearing it is not enough: a NaN in a cell that is free, or a position below
+        zero, goes on to count. So all memory is wiped, and what the others hold goes by way of the host's.
+        """
+        others = [other for other in self.seats.values() if other is not seat and other.conversation.held]
+        states = [_state_if_any(other) for other in others]
+        self._context.wipe()
+        for other, state in zip(others, states, strict=True):
+            if state is None or not other.sequence.restore(*state):
+                other.drop_cache()  # it is computed again
 
     def _free(self) -> list[int]:
         taken = {seat.sequence.slot for seat in self.seats.values()}
@@ -124,3 +135,10 @@ def _state(seat: Seat) -> tuple[ByteArray, Form | None] | None:
     state = np.empty(seat.sequence.state_bytes(), np.uint8)
     form = seat.sequence.save(state)
     return state, form.packed(state) if form else None
+
+
+def _state_if_any(seat: Seat) -> tuple[ByteArray, Form | None] | None:
+    try:
+        return _state(seat)
+    except (LlamaError, MemoryError):
+        return None

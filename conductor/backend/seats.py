@@ -6,6 +6,7 @@ what only tells something takes no time.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 
@@ -58,11 +59,12 @@ class Seats:
         return pool.pool.call(lambda: self._take(agent_id, pool, conversation))
 
     def _take(self, agent_id: AgentId, pool: OpenPool, conversation: Conversation) -> int:
-        seat = pool.pool.seating.take(agent_id, conversation)
+        seating, label = pool.pool.seating, pool.label(conversation.held)
+        seat = seating.take(agent_id, conversation)
         try:
-            restored = self._saved.restore(agent_id, seat.sequence, pool.label(conversation.held))
+            restored = self._saved.restore(agent_id, seat.sequence, label, purge=lambda: seating.purge(seat))
         except BaseException:  # nobody knows what the slot holds now; what was saved is kept
-            pool.pool.seating.leave(seat)
+            seating.leave(seat)
             raise
         if not restored:
             conversation.held = 0
@@ -76,27 +78,44 @@ class Seats:
     # --- leaving it -------------------------------------------------------------------------------------------------
 
     def leave(self, agent_id: AgentId, *, to: KvPlace) -> Future[Closed]:
-        """Free the slot, its KV saved to host memory or disk if there is room; TOKENS drops it."""
-        taken = self.of(agent_id)
-        return taken.pool.pool.call(lambda: self._leave(taken, to))
+        """Free the slot, its KV saved to host memory or disk if there is room; TOKENS drops it.
 
-    def _leave(self, taken: Taken, to: KvPlace) -> Closed:
+        The slot is free, and its pool goes on, when the KV is copied; what goes to disk is written after that.
+        """
+        taken, closed = self.of(agent_id), Future[Closed]()
+        closed.set_running_or_notify_cancel()  # from here on it cannot be cancelled
+        left = taken.pool.pool.call(lambda: self._leave(taken, to))
+
+        def keep() -> None:
+            try:
+                closed.set_result(self._kept(taken, left.result()))
+            except BaseException as error:
+                taken.seat.conversation.held = 0
+                closed.set_exception(error)
+
+        left.add_done_callback(lambda _: self._threads.submit(keep) if to is KvPlace.DISK else keep())
+        return closed
+
+    def _leave(self, taken: Taken, to: KvPlace) -> Callable[[], Blob | None]:
         seat, conversation = taken.seat, taken.seat.conversation
-        blob = None
         try:
             if to is KvPlace.TOKENS:
                 conversation.given_up = conversation.cached > 0
-            else:
-                conversation.trim(seat.sequence)
-                if conversation.cached:
-                    label = taken.pool.label(conversation.held)
-                    blob = self._saved.save(seat.agent_id, seat.sequence, label, to=to)
+                return _nothing
+            conversation.trim(seat.sequence)
+            if not conversation.cached:
+                return _nothing
+            return self._saved.save(seat.agent_id, seat.sequence, taken.pool.label(conversation.held), to=to)
         finally:
             taken.pool.pool.seating.leave(seat)
             del self._taken[seat.agent_id]
-            if blob is None:
-                conversation.held = 0
-        return Closed(KvPlace.TOKENS, 0) if blob is None else Closed(blob.place, blob.bytes)
+
+    def _kept(self, taken: Taken, save: Callable[[], Blob | None]) -> Closed:
+        blob = save()
+        if blob is None:
+            taken.seat.conversation.held = 0
+            return Closed(KvPlace.TOKENS, 0)
+        return Closed(blob.place, blob.bytes)
 
     # --- forks ------------------------------------------------------------------------------------------------------
 
@@ -119,12 +138,12 @@ class Seats:
         held = conversation.held
         if not held:
             return Closed(KvPlace.TOKENS, 0)
-        blob = self._saved.save(new, seat.sequence, taken.pool.label(held), to=KvPlace.HOST)
-        return _copied(clone, blob, held, held)
+        blob = self._saved.save(new, seat.sequence, taken.pool.label(held), to=KvPlace.HOST)()
+        return _copied(clone, blob, held, held, conversation.shifted_from)
 
     def _copy_saved(self, source: AgentId, new: AgentId, conversation: Conversation, clone: Conversation) -> Closed:
-        held, valid = conversation.held, conversation.valid
-        return _copied(clone, self._saved.copy(source, new), held, valid)
+        held, valid, shifted_from = conversation.held, conversation.valid, conversation.shifted_from
+        return _copied(clone, self._saved.copy(source, new), held, valid, shifted_from)
 
     # --- conversations ----------------------------------------------------------------------------------------------
 
@@ -140,8 +159,12 @@ class Seats:
         self.conversations.pop(agent_id, None)
 
 
-def _copied(clone: Conversation, blob: Blob | None, held: int, valid: int) -> Closed:
+def _nothing() -> None:
+    """There is nothing to be kept."""
+
+
+def _copied(clone: Conversation, blob: Blob | None, held: int, valid: int, shifted_from: int) -> Closed:
     if blob is None:
         return Closed(KvPlace.TOKENS, 0)
-    clone.held, clone.valid = held, valid
+    clone.held, clone.valid, clone.shifted_from = held, valid, shifted_from
     return Closed(blob.place, blob.bytes)

@@ -114,7 +114,8 @@ class Stepper:
             left = min(left, self._pacing.most())
         for run in sorted(runs, key=lambda run: run.number):
             if lacks[run] > 1 and left:
-                shares[run] = min(lacks[run], left)
+                most = run.read_to - run.conversation.held if run.read_to else left
+                shares[run] = min(lacks[run], left, most)
                 left -= shares[run]
         return shares
 

@@ -15,6 +15,7 @@ class Target:
     known: int  #: how many of the conversation's tokens it began with
     first: int = 0
     dropped: int = 0  #: how many of those, from `first` on, a context shift then took out
+    head: int = 0  #: how many tokens, from the start, other chats with the same system message begin with
 
 
 def fit_window(conversation: Conversation, prompter: Prompter, order: TurnOrder) -> Target:
@@ -27,7 +28,7 @@ def fit_window(conversation: Conversation, prompter: Prompter, order: TurnOrder)
     known = common_prefix(conversation.tokens, tokens)
     excess = len(tokens) + 1 - order.window
     if excess <= 0:
-        return Target(tokens, known)
+        return Target(tokens, known, head=prompter.head(order.request, tokens))
     first = first_to_drop(prompter.model)
     droppable = prompter.history(conversation, order.request, tokens) - first
     if not order.context_shift or excess > droppable:

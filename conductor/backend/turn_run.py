@@ -43,6 +43,8 @@ class TurnRun:
         self.computed = 0  #: tokens decoded for it, again ones included
         self.held = False  #: it keeps its seat and takes part in no step
         self.number = 0  #: which of the pool's turns it was to join
+        self.read_to = 0  #: a step reads no further than to this token; 0: as far as it goes
+        self.head = 0  #: tokens that it begins with as others may
         self._before = conversation.tokens
         #: how many tokens at the cache's start are still those of `_before`, were it to hold as many
         self._untouched = len(self._before)
@@ -52,6 +54,8 @@ class TurnRun:
         self._read = False  #: the target is the conversation now
         self._full = False  #: the window has no room for another token: the oldest half is to go
         self._length = self._limit = self._desired = self._prompt_tokens = self._reused = self._recomputed = 0
+        self._shared = 0  #: tokens of its prompt that another's KV held
+        self._reached = 0  #: so many tokens the KV had held when it stood still last
         self._known_to = 0  #: so many tokens had been computed before, here or in another turn
         self._ends: frozenset[int] = frozenset()
         self._first_token_at = self._token_at = self._longest_stall_s = 0.0
@@ -81,8 +85,8 @@ class TurnRun:
 
     def take_back(self) -> None:
         """Leave the conversation as it was before the turn. Does not touch the context: another thread may be saving it."""
-        self.conversation.tokens = self._before
         self.conversation.valid = min(self.conversation.valid, self._untouched)
+        self.conversation.tokens = self._before  # last: at no moment are these said to be in the cache and are not
 
     def fail(self) -> None:
         """End it with an error: what was made stays, what was only read does not."""
@@ -105,7 +109,7 @@ class TurnRun:
             seed=self._seed,
             first_token_at=self._first_token_at,
             prefill_s_per_token=self.reading.s_per_token,
-            prefix_tokens_reused=0,
+            prefix_tokens_reused=self._shared,
             longest_stall_s=self._longest_stall_s,
             computed_tokens=self.computed,
         )
@@ -118,7 +122,7 @@ class TurnRun:
         if target is None:
             raise InternalError(f"a turn of {order.agent_id} joined before it was prepared")
         self._desired = min(order.window, self._length + self.request.max_tokens)
-        self._order, self.seat, self.held = order, seat, False
+        self._order, self.seat, self.held, self.read_to = order, seat, False, 0
         model = seat.sequence.model
         self.telling.go_on(model, order.emit, order.chunk_interval_s)
         length = len(conversation.tokens) if self._read else self._length
@@ -143,6 +147,7 @@ class TurnRun:
         self._reused = conversation.cached
         self._prompt_tokens = length - self._reused
         self._known_to = known - 1
+        self.head = target.head
         if self.request.temperature > 0:
             self.sampler = Sampler(self.request, self._seed)
 
@@ -192,6 +197,14 @@ class TurnRun:
         conversation.held = conversation.valid = held + n_tokens
         self.computed += n_tokens
 
+    def shares(self, n_tokens: int) -> None:
+        """The slot holds so many of its tokens now, that another one held, in place of what it held itself."""
+        new = min(n_tokens, self._length) - max(self.conversation.held, self._reached)
+        if new > 0:
+            self._shared += new
+            self._prompt_tokens -= new
+        self.conversation.has_decoded(n_tokens)
+
     def take(self, token: int, now: float) -> FinishReason | Outgrown | None:
         """Keep the next token; why no other follows it here. A tiny model comes here thousands of times a second."""
         tokens = self.conversation.tokens
@@ -227,6 +240,7 @@ class TurnRun:
 
     def stand_still(self) -> None:
         """Leave the pool, whole. Raises what handing on text raises."""
+        self._reached = max(self._reached, self.conversation.held)
         self._known_to = max(self._known_to, self.conversation.held)
         self._order = None
         self.telling.stand_still(time.monotonic())

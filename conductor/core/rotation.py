@@ -79,9 +79,7 @@ class Rotation:
             turn.tokens_before = agent.tokens
         turn.growths += turn.outgrew is not None
         turn.running, turn.stands_still, turn.outgrew, turn.since = True, False, None, at
-        return actions.RunTurn(
-            turn.id, agent.id, room, turn.evicted, turn.restored, turn.swap_bytes, turn.growths, turn.pauses
-        )
+        return actions.RunTurn(turn.id, agent.id, room, turn.evicted, turn.restored, turn.swap_bytes, turn.growths, turn.pauses)
 
     # --- going on -----------------------------------------------------------------------------------------------------
 
@@ -179,9 +177,11 @@ class Rotation:
         return [*ended, actions.AnswerCancel(event.request_id, len(own))]
 
     def cancel_all(self, agent: Agent) -> list[actions.Action]:
-        """End the agent's turns: those that wait at once, the one that runs after its step."""
-        own = [turn for turn in self.turns.values() if turn.agent_id == agent.id]
-        return [action for turn in own for action in self._cancel(turn, "the agent was unregistered")]
+        """End the agent's turns, and forks to and from it: those that wait at once, the one that runs after its step."""
+        own = [turn for turn in self.turns.values() if turn.agent_id == agent.id and not turn.fork]
+        ended = [action for turn in own for action in self._cancel(turn, "the agent was unregistered")]
+        forks = [turn for turn in self.waiting() if turn.fork and agent.id in (turn.agent_id, turn.fork.new)]
+        return ended + [action for turn in forks for action in self.fail(turn, UnknownAgent(agent.id))]
 
     def _cancel(self, turn: Turn, reason: str) -> list[actions.Action]:
         """Nobody wants to hear what it made."""
@@ -207,10 +207,17 @@ class Rotation:
         """A turn that does not run ends; one that had begun leaves the session as it was before it."""
         self._leave(turn, keeps=False)
         if turn.fork:
-            self._agents[turn.fork.new].cloning = False
-            return [actions.FailRequest(turn.fork.request_id, error)]
+            return [actions.FailRequest(turn.fork.request_id, error), *self.let_clone_go(self._agents[turn.fork.new])]
         failed = actions.FailTurn(turn.id, error)
         return [failed, actions.DropTurn(turn.agent_id)] if turn.stands_still else [failed]
+
+    def let_clone_go(self, clone: Agent) -> list[actions.Action]:
+        """It has no conversation to go on with, and nobody was told that it is there."""
+        clone.cloning = False
+        if clone.stage is Stage.LEAVING:
+            return []
+        clone.stage = Stage.LEAVING
+        return self.cancel_all(clone)
 
     def _leave(self, turn: Turn, *, keeps: bool) -> None:
         del self.turns[turn.id]
@@ -222,7 +229,8 @@ class Rotation:
     def fail_all(self, model_id: ModelId, error: ConductorError) -> list[actions.Action]:
         """The model cannot be loaded: nobody's turn on it can begin."""
         waiting = [turn for turn in self.waiting() if self._agents[turn.agent_id].model_id == model_id]
-        return [action for turn in waiting for action in self.fail(turn, error)]
+        # A fork that fails takes the turns of its clone along.
+        return [action for turn in waiting if turn.id in self.turns for action in self.fail(turn, error)]
 
     def time_out(self, turn: Turn, reason: str, at: float) -> list[actions.Action]:
         """It has waited as long as its caller would."""
@@ -247,7 +255,12 @@ class Rotation:
 
     def stuck(self) -> frozenset[AgentId]:
         """Whose turn waits for something that no seat helps with; and so do the agent's later turns."""
-        return frozenset(turn.agent_id for turn in self.waiting() if turn.unbooked or turn.held)
+        cloning = {id for id, agent in self._agents.items() if agent.cloning}
+        return frozenset(it.agent_id for it in self.waiting() if it.unbooked or it.held or it.fork or it.agent_id in cloning)
+
+    def in_use(self) -> frozenset[AgentId]:
+        clones = {turn.fork.new for turn in self.turns.values() if turn.fork}
+        return frozenset(clones | {turn.agent_id for turn in self.turns.values()})
 
     def in_order(self, at: float) -> list[Turn]:
         """The turns that wait, in order of precedence. An agent's own keep the order of their arrival."""
@@ -265,9 +278,9 @@ class Rotation:
         return turn.held or at - turn.since >= self._min_turn_s
 
     def note_use(self, at: float) -> None:
-        """Agents with a turn, waiting or running, are in use."""
-        for turn in self.turns.values():
-            self._agents[turn.agent_id].idle_since = at
+        """Agents with a turn, waiting or running, are in use, and so are those that are about to be cloned, or the clones."""
+        for id in self.in_use():
+            self._agents[id].idle_since = at
 
     def check(self) -> None:
         """Raise InternalError unless turns and seats agree."""

@@ -110,8 +110,20 @@ class Schedule:
                 return [actions.UnloadModel(model_id)]
 
     def _fail_expired(self, at: float) -> list[actions.Action]:
+        for turn in self._rotation.waiting():
+            turn.expired &= not self._has_its_room(turn)
         expired = [turn for turn in self._rotation.waiting() if turn.expired and not self._is_under_way(turn)]
-        return [action for turn in expired for action in self._rotation.time_out(turn, self.reason(turn), at)]
+        heads = self._rotation.heads()
+        return [action for turn in expired for action in self._rotation.time_out(turn, self.reason(turn, heads), at)]
+
+    def _has_its_room(self, turn: Turn) -> bool:
+        """It outgrew its window, a larger one is booked, and only others' turns come first: what it made is not thrown away."""
+        return bool(turn.outgrew) and not turn.unbooked and self._fits(self._agents[turn.agent_id])
+
+    def _fits(self, agent: Agent) -> bool:
+        """Whether the agent's pool could be made if all others left: strangers may have taken its room."""
+        weights = 0 if self._models[agent.model_id].firm else self._books.weights_bytes(agent.spec.model)
+        return agent.context_bytes + weights <= self._books.turn_limit_bytes()
 
     def _is_under_way(self, turn: Turn) -> bool:
         """Whether a seat is being made for this turn, or cleared away for it: a moment, and no waiting for anybody."""
@@ -266,15 +278,15 @@ class Schedule:
     def live_contexts(self) -> int | None:
         return self._live_contexts
 
-    def reason(self, turn: Turn) -> str:
-        """What a waiting turn waits for."""
+    def reason(self, turn: Turn, heads: Mapping[AgentId, Turn]) -> str:
+        """What a waiting turn waits for. `heads`: each agent's first that waits."""
         agent = self._agents[turn.agent_id]
         pool = self._pools.get(agent.pool)
         if turn.unbooked:
             return f"room for a window of {(turn.outgrew or (0,))[0]} tokens"
         if turn.held:
             return "its reader"
-        if self._rotation.heads()[agent.id] is not turn or agent.phase is Phase.BUSY:
+        if heads[agent.id] is not turn or agent.phase is Phase.BUSY:
             return "an earlier turn of the same agent"
         if agent.phase is Phase.TAKING or (pool is not None and pool.phase is PoolPhase.OPENING):
             return "its seat is being made"
@@ -284,8 +296,7 @@ class Schedule:
             return "its model is being loaded"
         if pool is not None and pool.phase is PoolPhase.READY and pool.context.window >= agent.tokens:
             return f"a seat of its model: all {pool.context.slots} are taken" if pool.context.slots > 1 else "its model's seat"
-        weights = 0 if self._models[agent.model_id].firm else self._books.weights_bytes(agent.spec.model)
-        if agent.context_bytes + weights > self._books.turn_limit_bytes():
+        if not self._fits(agent):
             return "other programs took memory of this device"
         return "turns of others to end"
 

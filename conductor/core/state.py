@@ -81,11 +81,11 @@ class State:
             self.agents, self.models, self.pools, self.books, self.rotation, self.seating, self.refusals,
             live_contexts=rules.live_contexts, min_turn_s=rules.min_turn_s,
         )  # fmt: skip
-        self.forks = Forks(self.agents, self.books, self.kv_books, self.rotation, self.refusals)
         self.roster = Roster(
             self.agents, self.models, self.pools, self.books, self.kv_books, self.rotation, self.seating, self.schedule,
             self.refusals,
         )  # fmt: skip
+        self.forks = Forks(self.agents, self.books, self.kv_books, self.rotation, self.seating, self.refusals)
         #: by the request that asked for it: to be given back if nobody receives the answer
         self._reserved: dict[RequestId, ReservationId] = {}
         #: registrations that came while their model is being unloaded or the last agent of that name leaves
@@ -115,8 +115,8 @@ class State:
             events.PoolOpened: self.roster.on_pool_opened,
             events.PoolOpenFailed: self.roster.on_pool_open_failed,
             events.PoolClosed: self.seating.on_closed,
-            events.SeatTaken: self.roster.on_seat_taken,
-            events.SeatNotTaken: self.roster.on_seat_not_taken,
+            events.SeatTaken: self._on_seat_taken,
+            events.SeatNotTaken: self._on_seat_not_taken,
             events.SeatLeft: self.seating.on_left,
             events.KvMoved: self.seating.on_kv_moved,
             events.DeviceRead: self._on_device_read,
@@ -140,9 +140,9 @@ class State:
         todo += admitted
         todo += self.seating.save_waiting()
         held_back_bytes += sum(event.bytes for event in self._reserving)
-        todo += self.forks.begin()
         todo += self.schedule.plan(at, held_back_bytes=held_back_bytes, kept_model=kept_model)
-        return todo
+        forks = self.forks.begin()
+        return todo + forks + (self.handle(at=at) if forks else [])  # of a clone that was refused, the bytes are to be had
 
     # --- registration -----------------------------------------------------------------------------------------------
 
@@ -237,6 +237,14 @@ class State:
                 todo += self._on_register(event, at)
         return todo
 
+    # --- seats --------------------------------------------------------------------------------------------------------
+
+    def _on_seat_taken(self, event: events.SeatTaken, at: float) -> list[actions.Action]:
+        return [*self.roster.on_seat_taken(event, at), *self.forks.on_seat_taken(event)]
+
+    def _on_seat_not_taken(self, event: events.SeatNotTaken, at: float) -> list[actions.Action]:
+        return [*self.roster.on_seat_not_taken(event, at), *self.forks.on_seat_not_taken(event)]
+
     # --- the device ---------------------------------------------------------------------------------------------------
 
     def _on_device_read(self, event: events.DeviceRead, at: float) -> list[actions.Action]:
@@ -253,7 +261,7 @@ class State:
 
     def _idle_agents(self) -> list[Agent]:
         """Those without a turn, waiting or running."""
-        in_use = {turn.agent_id for turn in self.rotation.turns.values()}
+        in_use = self.rotation.in_use()
         return [agent for id, agent in self.agents.items() if agent.stage is Stage.ADMITTED and id not in in_use]
 
     def _on_closing(self, event: events.Closing, at: float) -> list[actions.Action]:

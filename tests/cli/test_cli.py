@@ -20,6 +20,7 @@ import conductor
 from pipelines.cli import app
 from pipelines.console import Exit, errors
 from tests.support.eventually import eventually
+from tests.support.parrot import write_parrot
 from tests.support.shell import CONDUCTOR, ROOT, Shell, family, survivors
 
 TASK = "Write a Python function `add(a, b)` that returns the sum of two numbers."
@@ -127,6 +128,22 @@ def assert_status_has_what_was_promised(status: Any) -> None:
     assert sum(item["bytes"] for item in reservations) == status["ledger"]["allocated_bytes"] > 0
 
 
+def test_a_turn_ends_when_its_time_is_up_or_another_terminal_says_so(service: Service) -> None:
+    service.json("register", "polly", str(write_parrot(service.models / "endless.gguf", "abcdefghij", ends=False)))
+    endless = ("decode", "polly", "x", "--max-tokens", "1000000000", "--context-shift")
+    result = service.json(*endless, "--timeout", "1")
+    assert (result["finish_reason"], result["text"][:3]) == ("timeout", "abc")
+
+    with service.begin(CONDUCTOR, *endless) as turn:
+        eventually(lambda: service.json("list")[0]["busy"], within_s=60)
+        assert service.ok("cancel", "polly") == "1 turn of polly ended\n"
+        stdout, stderr = turn.communicate(timeout=60)
+    assert (turn.returncode, set(stdout.strip()) <= set("abcdefghij")) == (0, True)
+    assert "made (cancelled)" in stderr
+    assert service.ok("cancel", "polly") == "0 turns of polly ended\n"
+    service.ok("unregister", "polly")
+
+
 def test_a_chat_registers_its_agent_and_takes_it_along(service: Service) -> None:
     said = f"{TASK}\n\n{'too long ' * 1000}\n/reset\n{TASK}\n"
     talk = service.conductor("chat", "coder", "--as", "eve", "--max-tokens", "200", stdin=said)
@@ -170,6 +187,7 @@ def test_a_model_that_cannot_be_used_is_exit_code_4(service: Service, model: str
 @pytest.mark.parametrize(
     ("command", "message"),
     [
+        (("cancel", "nobody"), "no agent 'nobody' is registered"),
         (("decode", "nobody", "hello"), "no agent 'nobody' is registered"),
         (("register", "ada", "coder", "--window", "0"), "window: 0 is outside"),
         (("register", "", "coder"), "agent_id: "),

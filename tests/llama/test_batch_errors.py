@@ -70,9 +70,9 @@ def test_a_fatal_error_ends_all_turns_of_its_step_and_keeps_their_tokens(
     assert [agent.cached for agent in agents] == [0, 0, 0]
     assert all(agent.tokens > 30 for agent in agents)
     assert idle.cached > 0
-    for agent in agents:
-        held = agent.tokens
-        assert agent.says("and ", max_tokens=5).recomputed_tokens == held - 1
+    for n, agent in enumerate(agents):  # who comes after the first takes what it holds of the same tokens
+        held, said = agent.tokens, agent.says("and ", max_tokens=5)
+        assert said.recomputed_tokens == held - 1 if n == 0 else said.prefix_tokens_reused >= held - 1
 
 
 def test_who_does_not_listen_ends_alone(together: Callable[..., tuple[Stage, PoolId]]) -> None:

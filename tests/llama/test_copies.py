@@ -38,7 +38,7 @@ def test_a_copy_goes_on_as_the_original_does(
     twin.leaves()
 
 
-def test_a_copy_without_room_in_host_memory_has_its_tokens(on_stage: Callable[..., Stage]) -> None:
+def test_a_copy_without_room_in_host_memory_takes_the_kv_of_the_seat_beside_it(on_stage: Callable[..., Stage]) -> None:
     stage = on_stage(SHIPPED["coder"], host_budget="4KiB")
     pool = stage.pool(2, window=512)
     source = stage.sits("source", pool)
@@ -46,5 +46,6 @@ def test_a_copy_without_room_in_host_memory_has_its_tokens(on_stage: Callable[..
     twin = Talker(stage.engine, stage.plan, "twin", stage._pools[pool], room=512, pool=pool)
     assert stage.engine.copy_kv(source.id, twin.id, to=KvPlace.HOST).result(WITHIN_S).place is KvPlace.TOKENS
     twin.opens()
-    assert twin.says("x", max_tokens=5).recomputed_tokens == twin.tokens - 5 - 2
+    said = twin.says("x", max_tokens=5)
+    assert (said.recomputed_tokens, said.prefix_tokens_reused, said.prompt_tokens) == (0, twin.tokens - 5 - 2, 2)
     twin.leaves()

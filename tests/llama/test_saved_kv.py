@@ -211,7 +211,7 @@ def test_a_restore_that_fails_unforeseen_takes_no_seat_and_keeps_the_kv(coder: S
     agent.says(PROMPTS[0], max_tokens=8)
     away(agent)
 
-    def broken(*arguments: object) -> None:
+    def broken(*arguments: object, **options: object) -> None:
         raise RuntimeError("a bug")
 
     with monkeypatch.context() as broken_store:

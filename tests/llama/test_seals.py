@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import TimeoutError as TimedOut
+from typing import Any
 
 import pytest
 
 from conductor.backend import kv_seal, kv_store
 from conductor.types import KvPlace, PoolId
-from tests.support.company import ARCHITECTURES, prompt
+from tests.support.company import ARCHITECTURES, SPEC, prompt
 from tests.support.growing import WITHIN_S, Stage
 
 pytestmark = pytest.mark.usefixtures("samplers_are_closed")
@@ -28,7 +30,7 @@ class Slow:
     def __init__(self) -> None:
         self.begun, self.go = threading.Semaphore(0), threading.Event()
 
-    def __call__(self, *payloads: object) -> int:
+    def __call__(self, *payloads: object, between: object = None) -> int:
         self.begun.release()
         assert self.go.wait(WITHIN_S)
         return 7
@@ -52,7 +54,7 @@ def test_a_seat_is_free_and_another_sits_and_speaks_before_the_first_ones_kv_is_
     second.says(prompt(2), max_tokens=5)
     second.closes(KvPlace.TOKENS)
     back = stage.engine.take_seat(first.id, pool)
-    with pytest.raises(TimeoutError):
+    with pytest.raises(TimedOut):
         back.result(0.05)
     slow.go.set()
     assert back.result(WITHIN_S) > 0
@@ -96,31 +98,40 @@ def test_a_restore_does_not_wait_for_the_check(together: Together, slow: Slow, m
     assert back.result(WITHIN_S) > 0
 
 
+@pytest.mark.parametrize("damage", [0x01, 0x80, 0xFF])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_flipped_byte_is_found_wherever_it_is_and_the_answer_is_as_recomputed(together: Together, architecture: str) -> None:
-    """What llama.cpp was given meanwhile is forgotten, and nothing of it stays behind."""
-    stage, pool = together(architecture, 2)
-    agent, witness = stage.sits("agent", pool), stage.sits("witness", pool)
-    for n, share in enumerate((0.0, 0.001, 0.01, 0.1, 0.5, 0.9, 0.999)):
+def test_damage_is_found_wherever_it_is_and_the_answer_is_as_recomputed(
+    together: Together, architecture: str, damage: int
+) -> None:
+    """Of what llama.cpp was given meanwhile nothing stays: a NaN, or a position below zero, would go on to count."""
+    stage, pool = together(architecture, 3)
+    agent, beside = (stage.sits(name, pool) for name in ("agent", "beside"))
+    witness = stage.talker("witness", **SPEC)
+    beside.says(prompt(1), max_tokens=9)
+    for n, share in enumerate((0.0, 0.002, 0.01, 0.1, 0.5, 0.9, 0.999)):
         for talker in (agent, witness):
             talker.says(prompt(2), max_tokens=9, reset=True)
         agent.closes()
         blob = stage.engine._saved._blobs[agent.id]
-        start, end = blob.seal.parts[0]
-        stage.engine._saved._store._arena._memory[blob.at.offset + start + int(share * (end - start - 1))] ^= 1 << n
+        start, end = blob.seal.parts[n % len(blob.seal.parts)]
+        at = blob.at.offset + start + 7 + int(share * (end - start - 12)) // 8 * 8
+        stage.engine._saved._store._arena._memory[at : at + 4] ^= damage
         assert agent.opens().restored_bytes == 0
         assert stage.memory.damaged == n + 1
-        assert agent.seated
         witness.closes(KvPlace.TOKENS)
         witness.opens()
         said = [talker.says("and ", max_tokens=20) for talker in (agent, witness)]
         assert (said[0].tokens, said[0].recomputed_tokens) == (said[1].tokens, said[1].recomputed_tokens)
+    alone = stage.talker("alone", **SPEC)
+    alone.says(prompt(1), max_tokens=9)
+    assert beside.says("and ", max_tokens=20).recomputed_tokens == 0
+    assert beside.conversation.tokens[-20:] == list(alone.says("and ", max_tokens=20).tokens)
 
 
 def test_turns_in_company_survive_swaps_that_are_sealed_behind_them(together: Together) -> None:
     stage, pool = together("jamba", 2)
     agents = [stage.sits(name, pool) for name in ("a", "b")]
-    witnesses = [stage.talker(f"witness {n}", window=512, n_batch=32, n_ubatch=32) for n in range(2)]
+    witnesses = [stage.talker(f"witness {n}", **SPEC) for n in range(2)]
     for round in range(3):
         for n, (agent, witness) in enumerate(zip(agents, witnesses, strict=True)):
             assert agent.says(prompt(n + round), max_tokens=9).tokens == witness.says(prompt(n + round), max_tokens=9).tokens
@@ -128,3 +139,25 @@ def test_turns_in_company_survive_swaps_that_are_sealed_behind_them(together: To
             agent.closes()
         for agent in reversed(agents):
             assert agent.opens().restored_bytes > 0
+
+
+def test_a_slow_disk_holds_up_nobody_who_decodes(together: Together, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage, pool = together("llama", 2)
+    leaves, stays = (stage.sits(name, pool) for name in ("leaves", "stays"))
+    leaves.says(prompt(1), max_tokens=5)
+    writing, go, disk = threading.Event(), threading.Event(), stage.engine._saved._store._files
+    save = disk.save
+
+    def slowly(*arguments: Any) -> bool:
+        writing.set()
+        return go.wait(WITHIN_S) and save(*arguments)
+
+    monkeypatch.setattr(disk, "save", slowly)
+    left = stage.engine.leave_seat(leaves.id, to=KvPlace.DISK)
+    assert writing.wait(WITHIN_S)
+    assert len(stays.says(prompt(2), max_tokens=20).tokens) == 20
+    assert not left.done()
+    go.set()
+    assert left.result(WITHIN_S).place is KvPlace.DISK
+    assert leaves.opens().restored_bytes > 0
+    assert leaves.says("and ", max_tokens=5).recomputed_tokens == 0

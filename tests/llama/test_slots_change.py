@@ -73,7 +73,8 @@ def test_an_agent_moves_between_pools_of_other_sizes_and_reads_nothing_again(
 ) -> None:
     stage = tiny(architecture)
     pools = [stage.pool(slots, id=f"{slots} slots", **SPEC) for slots in (1, 4, 8)]
-    stays, moves = stage.talker("stays", **SPEC), Talker(stage.engine, stage.plan, "moves", stage._pools[pools[0]], room=512, pool=pools[0])
+    stays = stage.talker("stays", **SPEC)
+    moves = Talker(stage.engine, stage.plan, "moves", stage._pools[pools[0]], room=512, pool=pools[0])
     moves.opens()
     for n in (0, 1, 0, 1, 2, 1):
         said = [agent.says(prompt(2), max_tokens=9) for agent in (stays, moves)]

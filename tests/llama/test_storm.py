@@ -28,13 +28,15 @@ async def test_a_thousand_random_requests_are_all_accounted_for_and_everything_c
     agents = [f"agent-{i}" for i in range(32)]
     for i, agent in enumerate(agents):
         model = ("coder", "reviewer", "documenter")[i % 3]
-        await conductor.register(agent, model, window=512, priority=i % 2, service_class="best_effort" if i % 5 == 0 else "shared")
+        service_class = "best_effort" if i % 5 == 0 else "shared"
+        await conductor.register(agent, model, window=512, priority=i % 3, service_class=service_class)
     before = (await conductor.status()).ledger.allocated_bytes
 
     account = await Storm(conductor, agents, seed=4).rage(1000)
 
     assert account.requests == 1000
     assert not [ending for ending in account.endings if ending.startswith("unexpected")], account.endings
+    assert account.clones > 50
     assert account.endings.keys() >= {"length", "timeout", "cancelled", "left", "TurnCancelled"}
     conductor.check()
     status = await conductor.status()

@@ -209,7 +209,7 @@ async def test_a_context_that_cannot_be_saved_is_closed_all_the_same_and_its_con
         raise OSError("no memory")
 
     with monkeypatch.context() as broken_arena:
-        broken_arena.setattr(KvStore, "write", broken)
+        broken_arena.setattr(KvStore, "begin", broken)
         await conductor.decode("bob", "import os\n", max_tokens=2)
     again = await conductor.decode("ada", "import sys\n", max_tokens=2)
     assert again.recomputed_tokens > 0

@@ -168,7 +168,7 @@ def test_a_turn_may_be_dropped_wherever_its_kv_is(
 
         monkeypatch.setattr(store, method, outer)
 
-    dropping("write", "while it is saved")
+    dropping("begin", "while it is saved")
     dropping("read", "while it is restored")
     drop("before it is saved")
     agent.closes()

@@ -7,7 +7,7 @@ import os
 os.environ.update(RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0", RAY_metrics_report_interval_ms="1000")
 
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ def conduct(vram_resource: str, tmp_path: Path) -> Iterator[Conduct]:
     """`conduct(models={key: path}, …)`: starts it; at the end its books are checked, and it is stopped."""
     started: list[Conductor] = []
 
-    def begin(models: dict[str, Path] | None = None, **options: Any) -> Conductor:
+    def begin(models: Mapping[str, Path | dict[str, Any]] | None = None, **options: Any) -> Conductor:
         conductor = Conductor(config_of(vram_resource, tmp_path, models or {}, **options))
         started.append(conductor)
         return conductor

@@ -117,6 +117,14 @@ class Backstage(ABC):
         place = self.engine.move(AgentId(agent), fails=fails)
         self.hear(events.KvMoved(AgentId(agent), place, takes_s))
 
+    def copied(self, source: str, *, fails: bool = False) -> None:
+        """The conversation is cloned, with its KV unless that `fails`."""
+        work = self.engine.take(actions.CopyKv, source)
+        assert isinstance(work, actions.CopyKv)
+        copied = self.engine.copy(work.source, work.new, to=KvPlace.TOKENS if fails else work.to)
+        place = work.to if copied else KvPlace.TOKENS
+        self.hear(events.KvCopied(work.turn_id, self.engine.tokens.get(work.new, 0), place, copied))
+
     def outgrew(self, turn: TurnCall, *, tokens: int, desired: int | None = None, has_made: bool = False) -> None:
         """The turn stopped with its session at so many tokens: it needs room for one more, and may need the `desired`."""
         id, state_bytes = self._stands_still(turn, tokens, has_made=has_made)
@@ -126,6 +134,7 @@ class Backstage(ABC):
     def paused(self, turn: TurnCall, *, tokens: int = 10, has_made: bool = True) -> None:
         """The turn stands still, as it was asked to, with its session at so many tokens."""
         assert turn.pausing
+        turn.required_tokens = 0
         id, state_bytes = self._stands_still(turn, tokens, has_made=has_made)
         self.hear(events.TurnPaused(id, tokens, state_bytes, tokens, has_made))
 
@@ -169,6 +178,8 @@ class Backstage(ABC):
                     self.finished(self.turns[turn_id], tokens=min(10, room))
             case actions.MoveKv(agent_id):
                 self.moved(agent_id)
+            case actions.CopyKv(_, source):
+                self.copied(source)
 
     def settle(self) -> None:
         """The engine does everything it is asked for, in order, until there is nothing left."""

@@ -62,9 +62,13 @@ class Call:
 
     @property
     def is_done(self) -> bool:
-        """An unregister, a release or a cancel was carried out."""
-        done = (actions.AnswerUnregister, actions.AnswerRelease, actions.AnswerCancel)
+        """An unregister, a release, a cancel or a fork was carried out."""
+        done = (actions.AnswerUnregister, actions.AnswerRelease, actions.AnswerCancel, actions.AnswerFork)
         return bool(self.answers) and isinstance(self.answer, done)
+
+    @property
+    def has_failed(self) -> bool:
+        return bool(self.answers) and isinstance(self.answer, actions.FailRequest)
 
     @property
     def refusal(self) -> Refusal:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,18 +46,22 @@ class Conductor:
 Conduct = Callable[..., Conductor]
 
 
-def config_of(resource: str, directory: Path, models: dict[str, Path], **options: Any) -> Config:
+def config_of(resource: str, directory: Path, models: Mapping[str, Path | dict[str, Any]], **options: Any) -> Config:
     return parse_config(document_of(resource, directory, models, **options), source="test.yaml", directory=directory)
 
 
-def document_of(resource: str, directory: Path, models: dict[str, Path], **options: Any) -> dict[str, Any]:
+def document_of(resource: str, directory: Path, models: Mapping[str, Path | dict[str, Any]], **options: Any) -> dict[str, Any]:
     """The configuration as it stands in a file."""
     return {
         "device": {"kind": "host", "host_bytes": "64MiB"},
         "host_budget": "8MiB",
         "threads": 1,
         "model_dirs": [str(directory)],
-        "models": {key: {"path": str(path), "window": 512} for key, path in models.items()},
+        "models": {key: {"window": 512, **_options(model)} for key, model in models.items()},
         "ray": {"namespace": f"ns-{resource}", "name": f"conductor-{resource}", "resource": resource},
         **options,
     }
+
+
+def _options(model: Path | dict[str, Any]) -> dict[str, Any]:
+    return model if isinstance(model, dict) else {"path": str(model)}

@@ -11,7 +11,7 @@ from conductor.types import AgentId, KvPlace, ModelId, PoolId
 
 Work: TypeAlias = (
     actions.LoadModel | actions.UnloadModel | actions.OpenPool | actions.ClosePool | actions.TakeSeat | actions.LeaveSeat
-    | actions.RunTurn | actions.MoveKv
+    | actions.RunTurn | actions.MoveKv | actions.CopyKv
 )  # fmt: skip
 
 KV_BYTES_PER_TOKEN = 2
@@ -42,7 +42,8 @@ class PaperEngine:
         self.suspended: dict[AgentId, Standing] = {}  #: turns that stand still
 
     def ask(self, work: Work) -> None:
-        assert subject(work) not in map(subject, self.todo), f"asked for {work} while busy with it: {self.todo}"
+        busy = {it for doing in self.todo for it in subjects(doing)}
+        assert not busy & subjects(work), f"asked for {work} while busy with it: {self.todo}"
         match work:
             case actions.LoadModel(plan):
                 assert plan.id not in self.weights
@@ -76,17 +77,23 @@ class PaperEngine:
             case actions.MoveKv(agent_id):
                 assert agent_id in self.saved
                 assert agent_id not in self.seats
+            case actions.CopyKv(_, source, new):
+                assert source not in self.suspended, "a conversation cloned in the middle of a turn"
+                assert source not in self.seats or source in self.held
+                assert new not in self.seats
+                assert new not in self.saved
+                assert not self.tokens.get(new)
         self.todo.append(work)
 
     def take(self, kind: type[Work], about: str) -> Work:
         """The one piece of work of this kind about this model, pool or agent, no longer to do."""
-        found = [work for work in self.todo if isinstance(work, kind) and subject(work) == about]
+        found = [work for work in self.todo if isinstance(work, kind) and about in subjects(work)]
         assert found, f"the engine was not asked for {kind.__name__} of {about}, only for {self.todo}"
         self.todo.remove(found[0])
         return found[0]
 
     def is_asked(self, kind: type[Work], about: str) -> bool:
-        return any(isinstance(work, kind) and subject(work) == about for work in self.todo)
+        return any(isinstance(work, kind) and about in subjects(work) for work in self.todo)
 
     def restore(self, agent_id: AgentId, *, kv_lost: bool) -> int:
         """Bytes restored: what was saved, unless it is lost or more than the window has room for."""
@@ -127,7 +134,18 @@ class PaperEngine:
             del self.saved[agent_id]
         return KvPlace.TOKENS if fails else KvPlace.DISK
 
+    def copy(self, source: AgentId, new: AgentId, *, to: KvPlace) -> int:
+        """The tokens always; bytes of KV copied."""
+        if source in self.tokens:
+            self.tokens[new] = self.tokens[source]
+        valid = self.tokens.get(source, 0) * KV_BYTES_PER_TOKEN
+        kept = min(self.held[source], valid) if source in self.held else self.saved.get(source, 0)
+        if kept and to is KvPlace.HOST:
+            self.saved[new] = kept
+        return self.saved.get(new, 0)
+
     def drop_kv(self, agent_id: AgentId) -> None:
+        assert not any(agent_id in subjects(work) for work in self.todo), "a saved KV dropped while it is used"
         assert agent_id not in self.seats, "a saved KV dropped while it is being restored"
         del self.saved[agent_id]
 
@@ -136,19 +154,23 @@ class PaperEngine:
         del self.suspended[agent_id]
 
     def forget(self, agent_id: AgentId) -> None:
+        assert not any(agent_id in subjects(work) for work in self.todo), "an agent forgotten while something is done with it"
         assert agent_id not in self.seats, "an agent forgotten in its seat"
         assert agent_id not in self.suspended, "an agent forgotten with a turn that is not over"
         self.saved.pop(agent_id, None)
         self.tokens.pop(agent_id, None)
 
 
-def subject(work: Work) -> str:
+def subjects(work: Work) -> set[str]:
+    """The model, the pool or the agents that it is about."""
     match work:
         case actions.LoadModel(plan):
-            return plan.id
+            return {plan.id}
         case actions.UnloadModel(model_id):
-            return model_id
+            return {model_id}
         case actions.OpenPool(pool_id) | actions.ClosePool(pool_id):
-            return pool_id
+            return {pool_id}
+        case actions.CopyKv(_, source, new):
+            return {source, new}
         case _:
-            return work.agent_id
+            return {work.agent_id}

@@ -29,6 +29,7 @@ class _Guest:
     owner: OwnerId | None
     idle_since: float
     idles: bool
+    cloning: bool
 
 
 class Scrutiny:
@@ -49,9 +50,9 @@ class Scrutiny:
         self._happened, self._at = happened, at
         self._allocated = state.ledger.allocated_bytes
         self._in_use = self._physically_in_use()
-        busy = {turn.agent_id for turn in state.rotation.turns.values()}
+        busy = state.rotation.in_use()
         self._guests = {
-            agent.id: _Guest(agent.registration, agent.spec.owner, agent.idle_since, agent.id not in busy)
+            agent.id: _Guest(agent.registration, agent.spec.owner, agent.idle_since, agent.id not in busy, agent.cloning)
             for agent in state.agents.values()
             if agent.stage is Stage.ADMITTED
         }
@@ -64,7 +65,7 @@ class Scrutiny:
         self._check_the_promise()
         self._check_the_books_against_the_engine()
         self._check_what_is_firm()
-        self._check_that_nobody_was_dropped()
+        self._check_that_nobody_was_dropped(calls)
         self._check_that_nobody_overtook()
         self._check_that_nobody_outstays()
         self._check_what_is_guaranteed()
@@ -108,9 +109,12 @@ class Scrutiny:
         for id, pool in state.pools.items():
             if pool.phase is PoolPhase.READY:
                 assert ledger.size(pool.reservation) == self.engine.contexts[id]
+        copies = {turn.fork.new for turn in state.rotation.running() if turn.fork}
         for id, agent in state.agents.items():
             assert (agent.seat.pool if agent.seat else None) == self.engine.seats.get(id)
-            if agent.seat is None:
+            if id in copies:
+                assert saved(agent) >= self.engine.saved.get(id, 0) == 0, "a place is booked for a copy, or none"
+            elif agent.seat is None:
                 assert saved(agent) == self.engine.saved.get(id, 0)
 
     def _check_what_is_firm(self) -> None:
@@ -124,10 +128,14 @@ class Scrutiny:
 
     # --- agents -------------------------------------------------------------------------------------------------------
 
-    def _check_that_nobody_was_dropped(self) -> None:
+    def _check_that_nobody_was_dropped(self, calls: Iterable[Call]) -> None:
         admitted = {agent.id for agent in self.state.agents.values() if agent.stage is Stage.ADMITTED}
+        forks = [(call.asked, call) for call in calls]
+        failed = {fork.new for fork, call in forks if isinstance(fork, events.ForkRequested) and call.has_failed}
         for id in self._guests.keys() - admitted:
-            assert any(self._explains(event, id, self._guests[id]) for event in self._happened), f"{id} was dropped"
+            explained = any(self._explains(event, id, self._guests[id]) for event in self._happened)
+            asked_now = {event.new for event in self._happened if isinstance(event, events.ForkRequested)}
+            assert explained or (id in failed and (self._guests[id].cloning or id in asked_now)), f"{id} was dropped"
 
     def _explains(self, event: events.Event, id: AgentId, guest: _Guest) -> bool:
         match event:
@@ -171,8 +179,10 @@ class Scrutiny:
         """The whole window of a guaranteed agent is live, and its turns wait for nothing but each other."""
         for agent in self.state.agents.values():
             if agent.guaranteed and agent.stage is Stage.ADMITTED:
-                assert agent.seat is not None
+                assert agent.seat is not None or agent.cloning
                 assert self.state.pools[agent.pool].context.window == agent.spec.context.window
+                if agent.cloning or any(turn.fork for turn in self.state.rotation.waiting() if turn.agent_id == agent.id):
+                    continue
                 waits = agent.id in self.state.rotation.wanted()
                 assert agent.phase in ((Phase.BUSY,) if waits else (Phase.READY, Phase.BUSY)), f"{agent.id} is {agent.phase}"
 
@@ -195,7 +205,9 @@ class Scrutiny:
             needed = agent.context_bytes + self._loose_weights_bytes(agent.model_id)
             if turn.unbooked:
                 assert not self._may_grow(agent, turn), f"{turn} waits for a window that it could have"
-            elif turn.held or agent.guaranteed:
+            elif turn.fork:
+                assert agent.phase is Phase.BUSY or agent.cloning, f"{turn} waits for nothing"
+            elif turn.held or agent.guaranteed or agent.cloning:
                 continue
             elif agent.pool in used:
                 pool = state.pools[agent.pool]
@@ -224,11 +236,11 @@ class Scrutiny:
         assert all(model.state in (ModelState.RESIDENT, ModelState.PARKED) for model in state.models.values())
         room, line = state.books.room(), state.waitlist.in_order(self._at)
         assert not room.in_use_bytes or room.firm_bytes + room.in_use_bytes <= room.cap_bytes, "what idles did not give way"
-        in_line = {waiting.request.request_id for waiting in line if waiting.request.may_wait}
+        in_line: set[object] = {waiting.request.request_id for waiting in line if waiting.request.may_wait}
         for call in calls:
             if call.waits and not call.cancelled:
-                assert isinstance(call.asked, events.RegisterRequested), f"{call.asked} waits for nothing"
-                assert call.asked.request_id in in_line, f"{call.asked} waits for nothing"
+                in_turn = isinstance(call.asked, events.ForkRequested) and self._waits_to_be_cloned(call.asked.new)
+                assert in_turn or call.asked.request_id in in_line, f"{call.asked} waits for nothing"
         if line:
             decision = state.books.decide(line[0].request.agent)
             assert decision.outcome is Outcome.WAIT, f"{line[0]} waits, and the decision is {decision}"
@@ -243,12 +255,18 @@ class Scrutiny:
     def _waits_for_room(self, turn: Turn) -> bool:
         """Whether a turn may wait although nothing goes on: for a window that cannot be booked, or for strangers to go."""
         agent, books = self.state.agents[turn.agent_id], self.state.books
-        if turn.held:
+        if turn.held or self._waits_to_be_cloned(agent.id):
             return True
         if turn.unbooked:
             return not self._may_grow(agent, turn)
         weights = self._loose_weights_bytes(agent.model_id)
         return books.drifts and agent.context_bytes + weights > books.turn_limit_bytes()
+
+    def _waits_to_be_cloned(self, clone: AgentId) -> bool:
+        """Whether it is to have the conversation of an agent whose turns before that wait for room."""
+        heads = {turn.agent_id: turn for turn in self._heads()}
+        source = next((it.agent_id for it in self.state.rotation.waiting() if it.fork and it.fork.new == clone), None)
+        return source is not None and self._waits_for_room(heads[source])
 
     def _may_grow(self, agent: Agent, turn: Turn) -> bool:
         """Whether the promise would hold with the least window that the turn can go on in."""

@@ -21,6 +21,7 @@ from typing import Any
 from conductor.core import actions, events
 from conductor.core.estimate import Geometry, ModelPlan
 from conductor.core.events import AgentSpec, RequestId, Rung, TurnId
+from conductor.core.sessions import Agent
 from conductor.core.state import Rules, State
 from conductor.errors import (
     ConductorError,
@@ -114,6 +115,13 @@ class Stage(Backstage):
         )  # fmt: skip
         return self.request(lambda id: events.RegisterRequested(id, spec, may_wait), owner=owner)
 
+    def joins_like(self, source: Agent, new: str, *, owner: str | None = None, may_wait: bool = False) -> Call:
+        """As the shell admits a clone: with what its source has, beginning with the window that it needs now."""
+        ladder = source.spec.ladder[source.rung :]
+        its = None if owner is None else OwnerId(owner)
+        spec = dataclasses.replace(source.spec, id=AgentId(new), owner=its, ladder=ladder)
+        return self.request(lambda id: events.RegisterRequested(id, spec, may_wait), owner=owner)
+
     def has(self, agent: str, on: ModelPlan, **options: Any) -> None:
         """The agent is in, its model loaded if it must be, and the engine idle."""
         call = self.registers(agent, on, **options)
@@ -161,6 +169,11 @@ class Stage(Backstage):
 
     def cancels(self, agent: str) -> Call:
         return self.request(lambda id: events.TurnsCancelled(id, AgentId(agent)))
+
+    def forks(self, source: str, new: str) -> Call:
+        """`new`, who is in already, is to go on from where `source` is."""
+        turn = TurnId(next(self._ids))
+        return self.request(lambda id: events.ForkRequested(id, turn, AgentId(source), AgentId(new)))
 
     def is_overdue(self, turn: TurnCall) -> None:
         self.hear(events.TurnOverdue(self.turn_id_of(turn)))
@@ -232,7 +245,7 @@ class Stage(Backstage):
             owner = happened[-1].owner
             assert not [call for call in self.calls.values() if call.waits and not call.cancelled and call.owner == owner]
         self.scrutiny.check(self.calls.values())
-        assert self.engine.todo or not [turn for turn in self.turns.values() if turn.waits and turn.expired]
+        assert self.engine.todo or not [turn for turn in self.state.rotation.waiting() if turn.expired]
 
     def _note(self, action: actions.Action) -> None:
         match action:
@@ -240,6 +253,7 @@ class Stage(Backstage):
                 turn = self.turns[turn_id]
                 assert turn is next(it for it in self.turns.values() if it.agent == agent_id and not it.endings), "out of turn"
                 assert turn.waits
+                assert not self._forks_before(turn_id, agent_id), "a turn that overtook a fork"
                 assert room >= turn.required_tokens
                 turn.run = action
                 self.engine.ask(action)
@@ -269,11 +283,22 @@ class Stage(Backstage):
                 self.engine.ask(action)
             case actions.OpenPool() | actions.ClosePool() | actions.TakeSeat() | actions.LeaveSeat():
                 self.engine.ask(action)
+            case actions.CopyKv(turn_id, source):
+                asked_before = [turn for id, turn in self.turns.items() if id < turn_id and turn.agent == source]
+                assert all(turn.endings for turn in asked_before), "a fork that overtook a turn"
+                self.engine.ask(action)
             case _:
                 call = self.calls[action.request_id]
                 assert call.waits, f"{call.asked} is answered twice: {call.answers}, {action}"
                 assert not call.cancelled, f"{action} for somebody who went away"
                 call.answers.append(action)
+
+    def _forks_before(self, turn: TurnId, agent: AgentId) -> list[Call]:
+        """Those of the agent that came before its turn, and are not done."""
+        waiting = [call for call in self.calls.values() if call.waits]
+        forks = [(call, call.asked) for call in waiting if isinstance(call.asked, events.ForkRequested)]
+        own = [(call, fork) for call, fork in forks if fork.source == agent and fork.turn_id < turn]
+        return [call for call, fork in own if not self.engine.is_asked(actions.TakeSeat, fork.new)]  # which are copied
 
     def _check_that_it_may_fail(self, turn: TurnCall, error: ConductorError) -> None:
         """Of a guaranteed agent's turns, only those that nobody wants any more, or that waited too long for one before."""

@@ -27,6 +27,7 @@ class Account:
 
     endings: Counter[str] = field(default_factory=Counter)
     results: list[DecodeResult] = field(default_factory=list)
+    clones: int = 0  #: that had their turn
 
     @property
     def requests(self) -> int:
@@ -47,7 +48,7 @@ class Storm:
     def __init__(self, conductor: GpuConductor, agents: list[str], *, seed: int) -> None:
         self._conductor, self._agents = conductor, agents
         self._chance = random.Random(seed)
-        self._left = 0
+        self._left, self._clones = 0, 0
         self.account = Account()
 
     async def rage(self, requests: int) -> Account:
@@ -58,7 +59,7 @@ class Storm:
     async def _agent(self, agent: str) -> None:
         doings: list[Callable[[str], Awaitable[None]]] = [
             self._awaits, self._awaits, self._streams, self._streams, self._reads_slowly, self._stops_reading,
-            self._goes_away, self._is_cancelled, self._has_little_time,
+            self._goes_away, self._is_cancelled, self._has_little_time, self._is_cloned,
         ]  # fmt: skip
         while self._left > 0:
             at_once = 2 if self._chance.random() < 0.1 else 1
@@ -77,10 +78,10 @@ class Storm:
 
     def _options(self) -> dict[str, object]:
         chance = self._chance
-        words = " ".join(chance.choice(["import", "os", "def", "main", "return", "x"]) for _ in range(chance.randrange(1, 120)))
+        words = " ".join(chance.choice(["import", "os", "def", "main", "return", "x"]) for _ in range(chance.randrange(1, 60)))
         return {
             "prompt": f"# {words}\n",
-            "max_tokens": chance.choice([1, 8, 40, 80]),
+            "max_tokens": chance.choice([1, 8, 20, 40]),
             "temperature": chance.choice([0.0, 0.0, 0.8]),
             "reset": chance.random() < 0.4,
             "context_shift": chance.random() < 0.8,
@@ -131,3 +132,15 @@ class Storm:
         result = await self._conductor.decode(agent, **options)  # type: ignore[arg-type]
         assert result.generated_tokens or result.finish_reason in (FinishReason.TIMEOUT, FinishReason.CANCELLED)
         self.account.note(result)
+
+    async def _is_cloned(self, agent: str) -> None:
+        """The clone has the agent's conversation, speaks once and leaves."""
+        self._clones += 1
+        clone = f"clone-{self._clones}"
+        await self._conductor.fork(agent, clone)
+        try:
+            result = await self._conductor.decode(clone, **self._options())  # type: ignore[arg-type]
+        finally:
+            await self._conductor.unregister(clone)
+        self.account.note(result)
+        self.account.clones += 1

@@ -175,4 +175,3 @@ def test_a_refusal_names_a_class_that_would_be_admitted() -> None:
     assert "The service class best_effort would fit now, or unregister an agent" in str(AdmissionRefused(weaker))
     either = replace(refusal(), fitting_class=ServiceClass.SHARED)
     assert "A window of 4096 tokens or the service class shared would fit now" in str(AdmissionRefused(either))
-

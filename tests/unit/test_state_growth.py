@@ -189,6 +189,22 @@ def test_whoever_has_its_room_is_not_refused_any_more(tight: Stage) -> None:
     assert turn.endings
 
 
+def test_whoever_has_its_room_waits_for_a_seat_as_long_as_a_turn_that_was_paused(given: Callable[..., Stage]) -> None:
+    """What it made so far is not thrown away because others come first."""
+    stage = given(cap=1000, min_turn_s=1.0)
+    stage.has("a", ALPHA, context=80, ladder=LADDER)
+    stage.has("b", BETA, context=80, ladder=LADDER, priority=1)
+    turn = stopped_turn(stage)
+    other = stage.asks("b")
+    stage.brings_on(other)
+    stage.runs_out_of_time(turn)
+    assert turn.waits
+    stage.finished(other)
+    stage.settle()
+    assert turn.run is not None
+    assert turn.run.growths == 1
+
+
 def test_a_turn_whose_time_was_up_when_its_place_came_has_its_time_to_grow_all_the_same(given: Callable[..., Stage]) -> None:
     stage = given(cap=200)
     stage.has("a", ALPHA, context=80, ladder=LADDER)

@@ -54,6 +54,7 @@ class RandomWorld:
             (self.somebody_registers, 14),
             (self.somebody_asks, 22),
             (self.the_engine_does_something, 45),
+            (self.somebody_forks, 6),
             (self.somebody_unregisters, 5),
             (self.a_registrant_goes_away_or_loses_patience, 4),
             (self.a_turn_is_given_up, 4),
@@ -101,6 +102,15 @@ class RandomWorld:
 
     def somebody_asks(self) -> None:
         self.stage.asks(self.random.choice(self.stage.agents or AGENTS))
+
+    def somebody_forks(self) -> None:
+        """Rather often one who can be cloned, for a clone that was admitted like it a moment before, as the shell sees to it."""
+        source, new = self.random.choice(self.stage.agents or AGENTS), self.random.choice(AGENTS)
+        agent = self.stage.state.agents.get(AgentId(source))
+        if agent is not None and self.random.random() < 0.9:
+            self.stage.joins_like(agent, new, owner=self.random.choice(OWNERS), may_wait=self.random.random() < 0.5)
+        if self.random.random() < 0.9:
+            self.stage.forks(source, new)
 
     def a_turn_is_given_up(self) -> None:
         if turns := [turn for turn in self.stage.turns.values() if not turn.endings]:
@@ -167,6 +177,8 @@ class RandomWorld:
                     self.stage.seat_taken(agent_id, kv_lost=self.random.random() < 0.1)
             case actions.RunTurn(turn_id, agent_id, room):
                 self.run(self.stage.turns[turn_id], agent_id, room)
+            case actions.CopyKv(_, source):
+                self.stage.copied(source, fails=fails)
             case actions.MoveKv(agent_id):
                 self.stage.moved(agent_id, fails=fails, takes_s=self.random.choice([1e-9, 1e-6, 1.0]))
             case actions.LeaveSeat() | actions.ClosePool() | actions.UnloadModel():
@@ -255,8 +267,8 @@ def test_that_is_at_least_ten_thousand_operations_in_which_everything_happens() 
             world.step()
         seen.update(endings(world.stage))
     assert seen >= {
-        "Admit", "Refuse", "AnswerUnregister", "AnswerReserve", "AnswerRelease", "AnswerCancel", "FailRequest", "TurnFinished",
-        "FailTurn", "EndTurn", "stood still", "in one go",
+        "Admit", "Refuse", "AnswerUnregister", "AnswerReserve", "AnswerRelease", "AnswerCancel", "AnswerFork", "FailRequest",
+        "TurnFinished", "TurnCancelled",        "FailTurn", "EndTurn", "stood still", "in one go",
         "CAP", "NEVER", "QUEUE_FULL", "TIMEOUT", "ModelLoadFailed", "DuplicateAgent", "UnknownAgent", "UnknownReservation",
         "evicts nobody, cold or live", "evicts nobody, restored", "evicts, cold or live", "evicts, restored",
     }  # fmt: skip

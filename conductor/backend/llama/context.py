@@ -149,6 +149,10 @@ class Context:
         """Forget what is in a slot."""
         ll.llama_memory_seq_rm(self.memory, self.valid(slot), -1, -1)
 
+    def wipe(self) -> None:
+        """Forget all that is in all slots, and zero their memory: no trace is left, whatever it was."""
+        ll.llama_memory_clear(self.memory, True)
+
     def copy(self, source: int, target: int) -> None:
         """All that is in a slot, on the device, over what is in another one. Done with the next decode, exact everywhere.
 

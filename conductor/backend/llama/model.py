@@ -29,6 +29,10 @@ class Model:
         self._vocab = ll.llama_model_get_vocab(handle)
         self.n_vocab = int(ll.llama_vocab_n_tokens(self._vocab))
         self._pieces: dict[int, bytes] = {}
+        #: a sequence of it cannot be cut back to any token: its state is recurrent, or its layers slide
+        self.forgets = bool(
+            ll.llama_model_is_recurrent(handle) or ll.llama_model_is_hybrid(handle) or ll.llama_model_n_swa(handle) > 0
+        )
 
     def close(self) -> None:
         ll.llama_model_free(self._handle)

@@ -37,6 +37,10 @@ class Sequence:
         self.clear()
         return n_tokens == 0
 
+    def can_truncate(self, n_tokens: int) -> bool:
+        """Whether a copy of it could forget all but the first `n_tokens`."""
+        return not self.context.recurrent and self._holds_window_before(n_tokens)
+
     def _holds_window_before(self, n_tokens: int) -> bool:
         """Sliding layers forget what left their window; cut back to before that, they would attend to nothing, silently."""
         window = self.context.sliding_window

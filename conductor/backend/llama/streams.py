@@ -83,11 +83,11 @@ class Streams:
         return state_bytes + self.slack
 
     def form(self, state: ByteArray, bytes: int, *, second: int, slot: int) -> Form | None:
-        """Of what llama.cpp wrote at `offset`: so many bytes, `second` of them its last part. None if it is laid out otherwise."""
+        """Of what llama.cpp wrote at `offset`: `second` of the bytes are its last part. None if it is laid out otherwise."""
         start, end = self.offset, self.offset + bytes
         if not self.caches:
             return Form(((start, end),), 0)
-        if self.hybrid and self.caches == 2 or struct.unpack_from("<I", state.data, start)[0] != _MAGIC:
+        if (self.hybrid and self.caches == 2) or struct.unpack_from("<I", state.data, start)[0] != _MAGIC:
             return None
         caches = 1 if second + _HEADER.size == bytes else self.caches
         border = end - second if self.hybrid or caches == 2 else end
