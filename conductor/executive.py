@@ -49,6 +49,8 @@ class Executive:
         self._loop = asyncio.get_running_loop()
         self._io_threads = io_threads
         self._pool_threads = ThreadPoolExecutor(_MOST_AT_ONCE, thread_name_prefix="pool")
+        #: whoever waits for a pool's bytes waits for a reading, and must not wait for models to be loaded first
+        self._device_thread = ThreadPoolExecutor(1, thread_name_prefix="device")
         self._ids = itertools.count(1)
         self._answers: dict[RequestId, asyncio.Future[Any]] = {}
         #: the ledger's log, one line for each change, the oldest forgotten
@@ -68,6 +70,7 @@ class Executive:
         if self._next_progress is not None:
             self._next_progress.cancel()
         self._pool_threads.shutdown(wait=False)
+        self._device_thread.shutdown(wait=False)
 
     def request(self) -> RequestId:
         """The id of a new request."""
@@ -92,7 +95,7 @@ class Executive:
 
     async def read_device(self) -> None:
         """Ask the device what is free now, off the loop, and tell the policy."""
-        reading = await self._in(self._io_threads, self._read_device)
+        reading = await self._in(self._device_thread, self._read_device)
         self.dispatch(reading)
 
     def _read_device(self) -> events.DeviceRead:
@@ -103,14 +106,13 @@ class Executive:
         """Tell the state machine what happened and carry out its answer."""
         revision = self._state.ledger.revision
         try:
-            todo = self._state.handle(*happened, at=time.monotonic())
+            for action in self._state.handle(*happened, at=time.monotonic()):
+                log.debug("%s -> %s", happened, action)
+                self._carry_out(action)
         except Exception as bug:
-            log.exception("the state machine failed on %r", happened)
+            log.exception("the state machine failed on %r, or one of its actions", happened)
             self._give_up(own(bug))
             raise
-        for action in todo:
-            log.debug("%s -> %s", happened, action)
-            self._carry_out(action)
         if self._state.ledger.revision != revision:
             self._log_ledger(happened)
             self._on_change()
@@ -276,7 +278,7 @@ class Executive:
     async def _gave_back(self, event: events.Event) -> None:
         """Memory that the device does not say is free is not: what did not come back lowers the cap before it is given away."""
         try:
-            reading = await self._in(self._io_threads, self._read_device)
+            reading = await self._in(self._device_thread, self._read_device)
         except Exception:
             log.exception("reading the device")
             self.dispatch(event)

@@ -179,7 +179,7 @@ class GpuConductor:
         """
         await self.start()
         arrived_at = time.monotonic()
-        source, id, patience = requests.agent_id(agent_id), requests.agent_id(new_id), requests.wait_s(wait_s)
+        source, id, patience = requests.agent_id(agent_id), requests.agent_id(new_id, argument="new_id"), requests.wait_s(wait_s)
         if source not in self._state.agents:
             raise UnknownAgent(source)
         agent = self._state.agents[source]

@@ -17,8 +17,8 @@ MAX_WAIT_S = 86_400
 MAX_TEXT_CHARACTERS = 1 << 24
 
 
-def agent_id(value: object) -> AgentId:
-    return AgentId(_name("agent_id", value))
+def agent_id(value: object, *, argument: str = "agent_id") -> AgentId:
+    return AgentId(_name(argument, value))
 
 
 def holder(value: object) -> str:

@@ -85,8 +85,10 @@ class TurnDesk:
             del self._turns[id]
 
     def _hold(self, id: TurnId, turn: PendingTurn, held: bool) -> None:
-        """The turn's reader fell behind, or caught up."""
-        self._engine.hold_turn(turn.agent_id, held)
+        """The turn's reader fell behind, or caught up; one whose turn is over may do so during its agent's next."""
+        known = self._state.rotation.turns.get(id)
+        if known is not None and known.running:
+            self._engine.hold_turn(turn.agent_id, held)
         self._dispatch(events.TurnHeld(id, held))
 
     def _set_deadline(self, id: TurnId, turn: PendingTurn, wait_s: float | None) -> None:

@@ -33,8 +33,10 @@ from conductor.types import AgentId, ContextSpec, DeviceKind, FinishReason, Host
 
 __all__ = ["Closed", "Engine", "Moved"]
 
-#: Prompts are rendered and tokenised, and saved KV copied, in so many threads at most.
-_THREADS = 8
+#: Prompts are rendered and tokenised in so many threads at most.
+_PROMPT_THREADS = 8
+#: Saved KV is written to disk and copied in others: a slow disk must not keep turns from beginning.
+_KV_THREADS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +67,10 @@ class Engine:
         self.overhead_bytes = self._touch_device()
         arena, pinned = llama.pinned(config.host_budget)
         self._saved = SavedKv(KvStore(arena, pinned=pinned, disk=_disk(config)))
-        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="prompt")
-        self._seats = Seats(self._saved, self._threads)
-        self._turns = Turns(self._threads)
+        self._prompt_threads = ThreadPoolExecutor(_PROMPT_THREADS, thread_name_prefix="prompt")
+        self._kv_threads = ThreadPoolExecutor(_KV_THREADS, thread_name_prefix="kv")
+        self._seats = Seats(self._saved, self._kv_threads)
+        self._turns = Turns(self._prompt_threads)
 
     def _touch_device(self) -> int:
         """Bytes that the process takes on a GPU before it holds any model: the CUDA context and its libraries."""
@@ -79,7 +82,8 @@ class Engine:
         return taken
 
     def close(self) -> None:
-        self._threads.shutdown()
+        for threads in (self._prompt_threads, self._kv_threads):
+            threads.shutdown()
         self._pools.end()
         self._models.close()
         self.estimator.close()

@@ -7,7 +7,7 @@ _NEWS = 0.3
 #: of what is not known yet, this much is tried
 _FIRST_TOKENS = 8
 #: from one measurement to the next, the chunk grows to no more than so many times itself: one may be off
-_GROWTH = 4
+_GROWTH = 8
 
 
 class Pacing:

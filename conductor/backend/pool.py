@@ -200,8 +200,10 @@ class Pool:
             outcome = self._settled(run, ending)
         except Exception as error:  # whoever listened to its text
             outcome = error
-        seat.measure()
-        done(outcome)
+        try:
+            seat.measure()
+        finally:
+            done(outcome)
 
     def _settled(self, run: TurnRun, ending: Ending) -> TurnEnd | Exception:
         if isinstance(ending, FinishReason):

@@ -71,13 +71,15 @@ class Seating:
             self._lost_bytes = 0
             return False
         self._lost_bytes += self._gaps * self._weights_bytes
-        return self._lost_bytes >= self._price_bytes
+        # What was moved and not decoded since cannot be saved, as an exchange has to.
+        return self._lost_bytes >= self._price_bytes and not self._context.pending
 
     def close_gaps(self, slots: Sequence[int]) -> None:
         """Move their seats side by side, and whoever is in between out of the way. Nobody can tell afterwards."""
         by_slot = {seat.sequence.slot: seat for seat in self.seats.values()}
         first, outside = _window(slots, self._context.n_slots)
-        holes = (slot for slot in range(first, first + len(slots)) if slot not in slots)
+        holes = [slot for slot in range(first, first + len(slots)) if slot not in slots]
+        holes.sort(key=by_slot.__contains__)  # free ones first: whoever is in the way must not be put where another goes then
         for source, hole in zip(outside, holes, strict=True):
             self._move(by_slot[source], hole, by_slot.get(hole))
         self._slots, self._lost_bytes = (), 0
@@ -99,12 +101,10 @@ class Seating:
 
     def _exchange(self, a: Seat, b: Seat) -> None:
         """By way of host memory: there is no slot to put one of them into meanwhile."""
-        states = [_state(seat) for seat in (a, b)]
+        states = [_state_if_any(seat) for seat in (a, b)]
         a.sequence.slot, b.sequence.slot = b.sequence.slot, a.sequence.slot
         for seat, state in zip((a, b), states, strict=True):
-            if state is None:
-                seat.sequence.clear()
-            elif not seat.sequence.restore(*state):
+            if state is None or not seat.sequence.restore(*state):
                 seat.drop_cache()  # it is computed again
 
     def _price(self, slots: Sequence[int]) -> int:
@@ -129,16 +129,13 @@ def _window(slots: Sequence[int], n_slots: int) -> tuple[int, list[int]]:
     return first, [slot for slot in slots if not first <= slot < first + count]
 
 
-def _state(seat: Seat) -> tuple[ByteArray, Form | None] | None:
+def _state_if_any(seat: Seat) -> tuple[ByteArray, Form | None] | None:
+    """None: it has none, or it cannot be had."""
     if not seat.conversation.held:
         return None
-    state = np.empty(seat.sequence.state_bytes(), np.uint8)
-    form = seat.sequence.save(state)
-    return state, form.packed(state) if form else None
-
-
-def _state_if_any(seat: Seat) -> tuple[ByteArray, Form | None] | None:
     try:
-        return _state(seat)
+        state = np.empty(seat.sequence.state_bytes(), np.uint8)
+        form = seat.sequence.save(state)
     except (LlamaError, MemoryError):
         return None
+    return state, form.packed(state) if form else None

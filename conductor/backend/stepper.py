@@ -12,6 +12,7 @@ from typing import TypeAlias
 
 from conductor.backend.llama import Context, LlamaError, NoRoom
 from conductor.backend.pacing import Pacing
+from conductor.backend.portions import portions
 from conductor.backend.turn import Outgrown, Paused
 from conductor.backend.turn_run import TurnRun
 from conductor.types import FinishReason
@@ -48,12 +49,15 @@ class Stepper:
         ended = self.tell()
         self._context.synchronize()
         now = time.monotonic()
+        likeliest = iter(self._context.likeliest(sum(place is not None for _, _, place in members)))
         for run, n_tokens, place in members:
             run.advance(n_tokens)
             if place is None:
                 continue
             try:
-                token = self._context.likeliest(place) if run.sampler is None else run.sampler.draw(self._context, place)
+                token = next(likeliest)
+                if run.sampler is not None:
+                    token = run.sampler.draw(self._context, place)
                 if (end := run.take(token, now)) is not None:
                     ended.append((run, end))
                 elif now >= run.telling.next_at:
@@ -106,26 +110,23 @@ class Stepper:
         return members
 
     def _shares(self, runs: Sequence[TurnRun]) -> dict[TurnRun, int]:
-        """How many tokens of each turn: one for who needs one, the rest to prompts in the order in which they came."""
+        """How many tokens of each turn: one for who needs one, and of others' prompts what there is room for."""
         lacks = {run: len(run.conversation.tokens) - run.conversation.held for run in runs}
         shares = {run: 1 for run, lack in lacks.items() if lack == 1}
-        left = self._batch.capacity - len(shares)
+        room = self._batch.capacity - len(shares)
         if shares:
-            left = min(left, self._pacing.most())
-        for run in sorted(runs, key=lambda run: run.number):
-            if lacks[run] > 1 and left:
-                most = run.read_to - run.conversation.held if run.read_to else left
-                shares[run] = min(lacks[run], left, most)
-                left -= shares[run]
-        return shares
+            room = min(room, self._pacing.most())
+        readers = sorted((run for run in runs if run not in shares), key=lambda run: run.number)
+        stops = [min(lacks[run], run.read_to - run.conversation.held) if run.read_to else lacks[run] for run in readers]
+        return shares | dict(zip(readers, portions(stops, room), strict=True))
 
     def _measure(self, members: Sequence[_Member], seconds: float) -> None:
         read = 0
         for run, n_tokens, _ in members:
-            if n_tokens > 1 or not run.made:
-                run.reading.add(n_tokens, seconds)
+            if n_tokens > 1:
+                run.reading.add(n_tokens, seconds * n_tokens / self._batch.count)
                 read += n_tokens
-        if read > len(members):
+        if read:
             self._pacing.read(read, seconds, alone=read == self._batch.count)
-        elif not read:
+        else:
             self._pacing.generated(seconds)

@@ -240,7 +240,8 @@ class TurnRun:
 
     def stand_still(self) -> None:
         """Leave the pool, whole. Raises what handing on text raises."""
-        self._reached = max(self._reached, self.conversation.held)
-        self._known_to = max(self._known_to, self.conversation.held)
+        if self._read:  # before that, what the KV holds is of the conversation as it was
+            self._reached = max(self._reached, self.conversation.held)
+            self._known_to = max(self._known_to, self.conversation.held)
         self._order = None
         self.telling.stand_still(time.monotonic())

@@ -49,6 +49,8 @@ class Rotation:
         self._books, self._refusals = books, refusals
         self._ageing_s, self._queue_limit, self._min_turn_s = ageing_s, queue_limit, min_turn_s
         self._turns_begun = 0
+        #: by priority: what those who had turns last had been served, when nobody else of theirs was left
+        self._shares: dict[int, int] = {}
 
     # --- coming -------------------------------------------------------------------------------------------------------
 
@@ -64,10 +66,22 @@ class Rotation:
         return []
 
     def _enter(self, agent: Agent) -> None:
-        """Whoever was away does not come back with a claim to all that it did not use meanwhile."""
-        active = {turn.agent_id for turn in self.turns.values()}
-        if active and agent.id not in active:
-            agent.served = max(agent.served, min(self._agents[id].served for id in active))
+        """Whoever was away does not come back with a claim to all that it did not use meanwhile: against those who are there or,
+        if nobody is, those who were there last."""
+        if not any(turn.agent_id == agent.id and not turn.held for turn in self.turns.values()):
+            least = min(self._rivals(agent), default=self._shares.get(agent.spec.priority, 0))
+            agent.served = max(agent.served, least)
+
+    def _rivals(self, agent: Agent) -> list[int]:
+        """What the others of its priority had who have turns that their readers keep up with."""
+        there = (self._agents[turn.agent_id] for turn in self.turns.values() if not (turn.held or turn.fork))
+        return [other.served for other in there if other is not agent and other.spec.priority == agent.spec.priority]
+
+    def _go(self, agent: Agent) -> None:
+        """A turn of its ended."""
+        if not self._rivals(agent):
+            priority = agent.spec.priority
+            self._shares[priority] = max(agent.served, self._shares.get(priority, 0))
 
     def start(self, agent: Agent, turn: Turn, room: int, at: float) -> actions.RunTurn:
         agent.become("turn began")
@@ -97,6 +111,8 @@ class Rotation:
     def on_held(self, event: events.TurnHeld, at: float) -> list[actions.Action]:
         turn = self.turns.get(event.turn_id)
         if turn is not None and (turn.running or turn.stands_still):
+            if turn.held and not event.held:
+                self._enter(self._agents[turn.agent_id])
             turn.held = event.held
         return []
 
@@ -151,6 +167,7 @@ class Rotation:
         if event.prefill_s_per_token is not None:
             self._models[agent.model_id].prefill_s_per_token = event.prefill_s_per_token
         agent.become("turn ended")
+        self._go(agent)
         self._books.settle(agent)
         return []
 
@@ -221,8 +238,9 @@ class Rotation:
 
     def _leave(self, turn: Turn, *, keeps: bool) -> None:
         del self.turns[turn.id]
+        agent = self._agents[turn.agent_id]
+        self._go(agent)
         if turn.stands_still:
-            agent = self._agents[turn.agent_id]
             agent.tokens = agent.tokens if keeps else turn.tokens_before
             self._books.settle(agent)
 

@@ -13,7 +13,8 @@ Turns come in order of precedence. For each waiting turn:
 7. a place and the bytes are free: load the weights if they are parked, else open a pool;
 8. places or bytes are becoming free: wait for them;
 9. send away what is idle: best-effort agents' pools and weights first, those used longest ago first among equals; then what
-   is busy with turns that all rank lower and ran their minimum;
+   is busy with turns that all rank lower and ran their minimum; until they have, nobody behind starts there: turns that come
+   and go one by one would keep it busy for ever;
 10. otherwise wait for turns to end. What was freed so far is kept: nobody behind takes it.
 
 A pool that others' turns could go on in is not emptied before it has been there for the minimum turn (`settled`): moving
@@ -98,8 +99,12 @@ class _Plan:
         self._claimed: set[PoolId] = set()
         #: models whose weights an earlier turn's pool needs: they are there, on their way, or have their room kept
         self._fetched: set[ModelId] = set()
-        #: pools in which somebody sits down, or starts or has been given a seat in this plan
-        self._expecting = {sitter.pool for sitter in picture.sitters if sitter.phase is Phase.TAKING}
+        #: pools in which somebody sits down
+        self._taken = {sitter.pool for sitter in picture.sitters if sitter.phase is Phase.TAKING}
+        #: pools in which somebody starts or has been given a seat in this plan
+        self._expecting: set[PoolId] = set()
+        #: pools that an earlier turn will have emptied once those who run there ran their minimum
+        self._awaited: set[PoolId] = set()
         #: READY seats whose agents did not start in this plan
         self._idle = {sitter.agent_id: sitter for sitter in picture.sitters if self._is_idle(sitter)}
         self._free_seats = {id: pool.slots - len(self._sitters[id]) for id, pool in self._pools.items()}
@@ -132,6 +137,8 @@ class _Plan:
             self._make_pool(turn, comes=False)
         elif pool.id in self._gone:
             self._make_pool(turn, comes=True)
+        elif pool.id in self._awaited:  # (9)
+            return
         elif pool.phase is PoolPhase.READY and pool.window < turn.tokens:  # (2)
             self._rebuild(pool, turn)
         elif own is not None:  # (1)
@@ -186,19 +193,22 @@ class _Plan:
         return pool.slots < agents and wider and self._may_rebuild(pool, turn)
 
     def _rebuild(self, pool: LivePool, turn: WaitingTurn) -> None:
-        if self._alone_too_large(turn) or not self._may_rebuild(pool, turn):  # (5)
+        if self._alone_too_large(turn):  # (5)
+            return
+        if not self._may_rebuild(pool, turn):
+            self._awaited |= {pool.id} if self._may_rebuild(pool, turn, soon=True) else set()
             return
         self._under_pools.pop(pool.model_id, None)  # its weights stay
         self._drain(pool, turn.id)
         self._make_pool(turn, comes=True)
 
-    def _may_rebuild(self, pool: LivePool, turn: WaitingTurn) -> bool:
+    def _may_rebuild(self, pool: LivePool, turn: WaitingTurn, *, soon: bool = False) -> bool:
         """Whose turns run in it go on in the new one, if there is memory for all of them; else those of lower rank wait."""
         if pool.id not in self._in_use:
             others = (other for other in self._heads if other.pool == pool.id and other is not turn)
             return pool.settled or not any(other.tokens <= pool.window for other in others)
         fitting = any(slots >= pool.slots and bytes <= self.free_bytes + pool.bytes for slots, bytes in turn.shapes)
-        return pool in self.busy_pools(below=FIRST if fitting else turn.rank)
+        return pool in self.busy_pools(below=FIRST if fitting else turn.rank, soon=soon)
 
     # --- a pool -------------------------------------------------------------------------------------------------------
 
@@ -242,16 +252,12 @@ class _Plan:
 
         def serves(candidate: tuple[WaitingTurn, int, int]) -> tuple[int, int, int, int]:
             made_for, slots, bytes = candidate
-            suited = sum(other.tokens <= made_for.window for other in group)
-            return min(slots, suited), suited, min(slots, agents), -bytes
+            return min(slots, suited[made_for.id]), suited[made_for.id], min(slots, agents), -bytes
 
-        fitting = [
-            (other, slots, bytes)
-            for other in group
-            if turn.tokens <= other.window
-            for slots, bytes in other.shapes
-            if bytes <= left
-        ]
+        # Hundreds may wait, with a handful of windows.
+        different = {(it.window, it.shapes): it for it in reversed(group) if turn.tokens <= it.window}.values()
+        suited = {it.id: sum(other.tokens <= it.window for other in group) for it in different}
+        fitting = [(it, slots, bytes) for it in different for slots, bytes in it.shapes if bytes <= left]
         made_for, slots, bytes = max(fitting, key=serves)
         self.free_bytes -= bytes - turn.shapes[0][1]
         self.steps.append(Open(turn.id, turn.agent_id, made_for.window, slots, made_for.shapes))
@@ -273,6 +279,8 @@ class _Plan:
         elif pool := self._first_to_go(turn):  # (9)
             self._drain(pool, turn.id)
             self._coming_places -= 1
+        else:
+            self._awaited |= {it.id for it in self.busy_pools(below=turn.rank, soon=True)[:1]}
         return False
 
     def _first_to_go(self, turn: WaitingTurn) -> LivePool | None:
@@ -287,9 +295,11 @@ class _Plan:
         """(9) What is idle, and if that is not enough, what is busy with turns of lower rank, if that is."""
         missing = self.evict(bytes, for_turn=turn.id)
         if missing > 0:
-            lower = self.busy_pools(below=turn.rank)
+            lower, soon = (self.busy_pools(below=turn.rank, soon=soon) for soon in (False, True))
             if sum(map(self._brings, lower)) >= missing:
                 self.displace(missing, lower, for_turn=turn.id)
+            elif sum(map(self._brings, soon)) >= missing:
+                self._awaited |= {pool.id for pool in soon}
 
     def evict(self, bytes: int, *, for_turn: TurnId | None, last: frozenset[AgentId] = frozenset()) -> int:
         """Empty and park what is idle, no more than brings `bytes`; pools of `last` only if need be. Returns what is missing."""
@@ -356,15 +366,16 @@ class _Plan:
             if id not in self._in_use and id not in self._gone and id not in self._claimed and (pool.settled or id not in wanted)
         ]
 
-    def busy_pools(self, *, below: Rank | None = None) -> list[LivePool]:
-        """Those whose turns may stand still, all of them ranking lower than `below` if given; the lowest first."""
+    def busy_pools(self, *, below: Rank | None = None, soon: bool = False) -> list[LivePool]:
+        """Those whose turns may stand still, or may `soon`, all of them ranking lower than `below` if given; the lowest first."""
         found: list[tuple[Rank, LivePool]] = []
         for id, pool in self._pools.items():
             if id not in self._in_use or id in self._gone or pool.phase is not PoolPhase.READY:
                 continue
             running = [sitter for sitter in self._sitters[id] if sitter.phase is Phase.BUSY]
             highest = min((sitter.rank for sitter in running), default=LAST)
-            may = pool.settled and all(s.may_pause or s.pausing for s in running) and id not in self._expecting
+            may = soon or (all(s.may_pause or s.pausing for s in running) and id not in self._taken)
+            may = may and pool.settled and id not in self._expecting
             if below is None or (may and highest > below):
                 found.append((highest, pool))
         return [pool for _, pool in sorted(found, key=lambda it: it[0], reverse=True)]

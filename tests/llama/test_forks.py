@@ -154,6 +154,8 @@ async def test_what_cannot_be_forked_is_told_and_books_nothing(start: Start, tmp
     for source, new, error in names:
         with pytest.raises(error):
             await conductor.fork(source, new)
+    with pytest.raises(InvalidRequest, match="new_id"):
+        await conductor.fork("ada", "\n")
     with pytest.raises(InvalidRequest):
         await conductor.fork("ada", "twin", wait_s=-1)
     after = await conductor.status()

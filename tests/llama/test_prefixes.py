@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from conductor.backend import prefixes
-from conductor.backend.turn import Paused, TurnEnd, TurnOutcome
+from conductor.backend.turn import Outgrown, Paused, TurnEnd, TurnOutcome
 from conductor.errors import TurnCancelled
 from conductor.types import KvPlace, Message, PoolId
 from tests.support.company import ARCHITECTURES, SPEC, same
@@ -306,3 +306,18 @@ def test_who_waits_for_anothers_reading_goes_on_alone_when_that_one_does_not(tog
             leads.result(WITHIN_S)
     else:
         leads.result(WITHIN_S)
+
+
+def test_a_turn_that_was_too_large_for_its_first_seat_says_all_that_it_shared_in_the_next(together: Together) -> None:
+    """Whatever its agent's KV held of something else before."""
+    stage, pool = together("llama")
+    stage.sits("leader", pool).says(**chat(1), max_tokens=5)
+    agent = stage.sits("agent", pool)
+    agent.says("Something else. " * 10, max_tokens=5)
+    agent.room = 32
+    request = agent.request(**chat(2), max_tokens=5)
+    assert isinstance(agent.step(request), Outgrown)
+    agent.room = 512
+    outcome, (fresh,) = agent.step(request), alone(stage, chat(2), max_tokens=5)
+    assert isinstance(outcome, TurnOutcome)
+    assert shared(outcome, fresh) == head(stage) - outcome.prompt_tokens_reused

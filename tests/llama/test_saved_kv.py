@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -255,3 +256,11 @@ def test_only_what_is_the_sessions_is_saved(polly: Callable[..., Talker]) -> Non
     # The turn has decoded the session's last token with its prompt, and that stays: 11 tokens are cached instead of 10.
     assert bytes < away(agent) < bytes * 12 / 10 < with_the_turn
     agent.opens()
+
+
+def test_a_disk_that_takes_its_time_keeps_no_turn_from_beginning(coder: Stage) -> None:
+    agent, gate = coder.talker("agent", window=512), threading.Event()
+    writing = [coder.engine._kv_threads.submit(gate.wait) for _ in range(64)]
+    assert agent.says("import os\n", max_tokens=3).text
+    assert not any(each.done() for each in writing)
+    gate.set()

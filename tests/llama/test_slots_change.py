@@ -37,10 +37,10 @@ def reads(context: Context, slot: int) -> None:
 
 def goes_on(context: Context, slot: int) -> npt.NDArray[np.float32]:
     context.batch.clear()
-    place = context.batch.add_one(9, LENGTH, slot)
+    context.batch.add_one(9, LENGTH, slot)
     context.decode()
-    context.likeliest(place)
-    return list(context._rows.values())[-1].copy()
+    context.synchronize()
+    return context.logits(1)[0].copy()
 
 
 @pytest.mark.parametrize("flash_attention", [True, False])

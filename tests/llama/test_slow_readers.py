@@ -12,7 +12,7 @@ import pytest
 
 from conductor.chunk_stream import MOST_WAITING
 from conductor.gpu_conductor import GpuConductor
-from conductor.types import Chunk, DecodeResult, KvPlace
+from conductor.types import Chunk, DecodeResult, FinishReason, KvPlace
 from tests.conftest import Start
 from tests.support.parrot import write_parrot
 from tests.support.talk import ENDLESS, agent_of, is_busy, until
@@ -112,6 +112,21 @@ async def test_a_reader_that_has_caught_up_waits_for_its_seat_like_any_other(sta
 
 async def waits(conductor: GpuConductor, agent: str) -> bool:
     return agent in {turn.agent_id for turn in (await conductor.status()).waiting}
+
+
+async def test_a_reader_of_a_turn_that_is_over_has_no_say_in_its_agents_next(start: Start, tmp_path: Path) -> None:
+    conductor = await two(start, tmp_path, slots=2)
+    first = await begun(conductor, "slow", max_tokens=LONG)
+    await conductor.cancel("slow")
+    second = await begun(conductor, "slow", max_tokens=LONG, reset=True)
+    await conductor.decode("quick", "x", max_tokens=50)
+    held_at = progress(conductor)["slow"]
+    _, cancelled = await rest_of(first)
+    assert cancelled.finish_reason is FinishReason.CANCELLED
+    await conductor.decode("quick", "x", max_tokens=LONG)
+    assert progress(conductor)["slow"] == held_at, "its own reader has not caught up"
+    _, result = await rest_of(second)
+    assert result.generated_tokens == LONG
 
 
 # --- a reader that goes away --------------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -219,3 +221,18 @@ async def test_a_context_that_cannot_be_saved_is_closed_all_the_same_and_its_con
 async def test_a_window_whose_kv_exceeds_the_host_budget_is_admitted_with_a_warning(start: Start) -> None:
     conductor = await start({"coder": SHIPPED["coder"]}, host_budget="1MiB")
     assert any("host_budget" in warning for warning in (await conductor.register("ada", "coder")).warnings)
+
+
+async def test_whoever_waits_for_anothers_place_does_not_wait_for_files_to_be_read(start: Start) -> None:
+    """Before a pool's bytes are given to others the device is read: not behind models that are being loaded."""
+    conductor, gate = await start(SHIPPED, live_contexts=1), threading.Event()
+    for agent, model in (("ada", "coder"), ("bob", "reviewer")):
+        await conductor.register(agent, model, window=256)
+    await conductor.decode("ada", "import os", max_tokens=3)
+    loading = [conductor._io_threads.submit(gate.wait) for _ in range(64)]
+    try:
+        result = await asyncio.wait_for(conductor.decode("bob", "import os", max_tokens=3), timeout=20)
+        assert not any(each.done() for each in loading)
+    finally:
+        gate.set()
+    assert result.kv_swap_evicted == "ada"

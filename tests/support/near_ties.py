@@ -32,10 +32,9 @@ def _logits(stage: Stage, tokens: list[int]) -> npt.NDArray[np.float32]:
     size = len(tokens)
     context = model.context(ContextSpec(window=size, n_batch=size, n_ubatch=size), n_threads=1)
     try:
-        place = context.batch.add(tokens, 0, 0, output=True)
+        context.batch.add(tokens, 0, 0, output=True)
         context.decode()
-        context.likeliest(place)
-        [row] = context._rows.values()
-        return row.copy()
+        context.synchronize()
+        return context.logits(1)[0].copy()
     finally:
         context.close()

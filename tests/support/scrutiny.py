@@ -200,6 +200,7 @@ class Scrutiny:
         limit = state.books.turn_limit_bytes()
         taken = sum(state.ledger.size(state.pools[id].reservation) for id in used)
         taken += sum(self._loose_weights_bytes(model) for model in {state.pools[id].model_id for id in used})
+        cleared = False  # a pool, for somebody who waits: those behind start there no more
         for turn in self._heads():
             agent = state.agents[turn.agent_id]
             needed = agent.context_bytes + self._loose_weights_bytes(agent.model_id)
@@ -214,12 +215,15 @@ class Scrutiny:
                 sitters = [it.phase for it in state.agents.values() if it.seat and it.seat.pool == pool.id]
                 crowded = sitters.count(Phase.BUSY) == pool.context.slots or agent.phase is Phase.BUSY
                 small = pool.context.window <= agent.tokens or (turn.outgrew and pool.context.window < turn.outgrew[0])
-                assert crowded or small, f"{turn} waits for nothing"
+                assert crowded or small or cleared, f"{turn} waits for nothing"
+                cleared = cleared or bool(small)
             elif needed <= limit:
                 places = state.rules.live_contexts
                 full = places is not None and len(used) >= places
                 assert full or taken + needed > limit or state.rules.min_turn_s, f"{turn} waits for nothing"
-                return
+                if not state.rules.min_turn_s:
+                    return
+                cleared = True
 
     def _loose_weights_bytes(self, id: ModelId) -> int:
         model = self.state.models[id]

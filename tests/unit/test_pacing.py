@@ -28,14 +28,14 @@ def test_somebody_always_reads_on_even_where_a_step_alone_takes_too_long() -> No
     assert paced(Pacing(0.01), step_s=0.02, token_s=0.001) == 1
 
 
-def test_a_chunk_grows_at_most_fourfold_from_step_to_step() -> None:
+def test_a_chunk_grows_at_most_eightfold_from_one_measurement_to_the_next() -> None:
     pacing = Pacing(10.0)
     pacing.generated(1e-6)
     sizes = []
     for _ in range(4):
         sizes.append(pacing.most())
         pacing.read(sizes[-1], 1e-5, alone=False)
-    assert sizes == [32, 128, 512, 2048]
+    assert sizes == [64, 512, 4096, 32768]
 
 
 def test_reading_alone_says_what_a_token_takes() -> None:

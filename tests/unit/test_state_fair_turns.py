@@ -89,18 +89,42 @@ def test_whoever_was_away_has_no_claim_to_what_it_did_not_use(pair: Stage) -> No
 
 
 def test_whoever_had_more_does_not_lose_it_by_going_away(pair: Stage) -> None:
-    pair.finished(*run(pair, "c"), computed=5000)
     run(pair, "a")
     pair.progresses(a=100)
+    pair.finished(*run(pair, "c"), computed=5000)
     pair.asks("c")
-    assert served(pair, "c") == 5000
+    assert served(pair, "c") == 5100
     pair.settle()
 
 
-def test_whoever_comes_while_nobody_is_there_begins_where_it_was(pair: Stage) -> None:
+def test_whoever_comes_while_nobody_is_there_begins_where_those_were_who_were_there_last(pair: Stage) -> None:
+    """Else an agent that has worked for hours would stand behind a newcomer that came between two of its turns, for hours."""
     pair.finished(*run(pair, "a"), computed=1000)
     run(pair, "b")
-    assert served(pair, "b") == 0
+    assert served(pair, "b") == 1000
+    pair.settle()
+
+
+def test_shares_count_among_equals(pair: Stage) -> None:
+    pair.has("z", ALPHA, context=50, slots=2, priority=1)
+    pair.finished(*run(pair, "z"), computed=7000)
+    run(pair, "a")
+    pair.progresses(a=100)
+    pair.has("y", ALPHA, context=50, slots=2, priority=1)
+    pair.asks("y")
+    assert served(pair, "y") == 7000, "of another one of its priority, not of who ranks lower anyway"
+    pair.settle()
+
+
+def test_who_was_held_up_by_its_reader_was_away_too(pair: Stage) -> None:
+    first, _ = run(pair, "a", "b")
+    pair.progresses(a=100)
+    pair.holds(first)
+    pair.progresses(a=100, b=5000)
+    pair.asks("c")
+    assert served(pair, "c") == 5000
+    pair.holds(first, False)
+    assert served(pair, "a") == 5000
     pair.settle()
 
 
@@ -151,11 +175,12 @@ def test_of_those_who_wait_the_one_that_had_least_is_next(given: Callable[..., S
     stage = given(cap=1000)
     for agent in "abc":
         stage.has(agent, ALPHA, context=50)
-    stage.finished(*run(stage, "b"), computed=500)
-    first, _, third = run(stage, "a", "b", "c")
-    stage.finished(first, computed=10)
+    first, second, _, last = run(stage, "b", "a", "b", "c")
+    stage.finished(first, computed=500)
     make_ready(stage)
-    assert third.runs, "b came before, and had more"
+    stage.finished(second, computed=10)
+    make_ready(stage)
+    assert last.runs, "b came before, and had more"
     stage.settle()
 
 
@@ -176,6 +201,34 @@ def test_two_models_take_turns_in_one_place_by_what_each_agent_had(given: Callab
     assert not second.pausing
     stage.passes(0.1)
     assert second.pausing
+    stage.settle()
+
+
+@pytest.mark.parametrize("turn_s", [0.6, 1.5, 3.0])
+@pytest.mark.parametrize("grows", [False, True])
+def test_short_turns_that_come_and_go_keep_nobody_out(given: Callable[..., Stage], turn_s: float, grows: bool) -> None:
+    """Of four seats one or another was always taken a moment ago: another model's turn, or one that needs a larger pool."""
+    stage = given(cap=1000, min_turn_s=1.0)
+    for agent in "abcd":
+        stage.has(agent, ALPHA, context=200, ladder=(50,), slots=4)
+    stage.has("z", BETA, context=50)
+    turns = dict(zip("abcd", run(stage, "a", "b", "c", "d"), strict=True))
+    ends = {agent: stage.at + turn_s * (n + 1) / 4 for n, agent in enumerate("abcd")}
+    waits = turns.pop("a") if grows else stage.asks("z")
+    if grows:
+        stage.outgrew(waits, tokens=50, desired=120, has_made=True)
+    began = stage.at
+    while not waits.runs:
+        assert stage.at < began + 2.0, "the minimum, and a moment"
+        stage.at += 0.05
+        for agent, turn in turns.items():
+            if turn.pausing:
+                stage.paused(turn)
+            elif turn.runs and stage.at >= ends[agent]:
+                stage.finished(turn, computed=100)
+                turns[agent], ends[agent] = stage.asks(agent), stage.at + turn_s
+        make_ready(stage)
+        stage.progresses(**{agent: 100 for agent, turn in turns.items() if turn.runs})
     stage.settle()
 
 

@@ -348,3 +348,46 @@ def test_the_weights_under_a_busy_pool_are_brought_too() -> None:
     places, models = [pool("m", runs(9, "a", served=5, best_effort=True), bytes=20)], [loose("m", bytes=80)]
     assert plan([turn(1, "x", "n", bytes=100)], places, models, live_contexts=2, room=100) == [drain("m", for_turn=1)]
     assert park("m") not in plan([turn(1, "x", "n", bytes=10)], places, models, live_contexts=2, room=100)
+
+
+# --- turns that come and go one by one --------------------------------------------------------------------------------
+
+
+def test_nobody_behind_starts_in_a_pool_that_another_will_have_once_its_turns_had_their_minimum() -> None:
+    """Else somebody there would always have begun just now."""
+    waiting = [turn(1, "x", "n", served=4), turn(2, "b", "m", served=6), turn(3, "c", "m", served=6)]
+    places = [pool("m", runs(9, "a", served=5, may_pause=False), sits("b"), slots=3)]
+    assert plan(waiting, places) == []
+    assert plan(waiting, places, live_contexts=2) == [open_(waiting[0]), start(2, "b"), take(3, "c")]
+
+
+def test_those_before_it_do_and_so_do_all_where_one_that_runs_ranks_higher_or_the_pool_is_new() -> None:
+    before = [turn(1, "b", "m", served=3), turn(2, "x", "n", served=4), turn(3, "c", "m", served=6)]
+    assert plan(before, [pool("m", runs(9, "a", served=5, may_pause=False), sits("b"), sits("c"), slots=3)]) == [
+        start(1, "b"),
+        start(3, "c"),
+    ]
+    behind = before[1:]
+    assert plan(behind, [pool("m", runs(9, "a", served=4, may_pause=False), sits("c"), slots=2)]) == [start(3, "c")]
+    unsettled = pool("m", runs(9, "a", served=5, may_pause=False), sits("c"), slots=2, settled=False)
+    assert plan(behind, [unsettled]) == [start(3, "c")]
+
+
+def test_nobody_behind_starts_in_a_pool_that_will_be_made_anew_for_one_that_is_too_large_for_it() -> None:
+    waiting = [turn(1, "a", "m", served=4, tokens=20, window=30), turn(2, "b", "m", served=6, window=10)]
+    places = [pool("m", sits("a"), runs(9, "c", served=5, may_pause=False), sits("b"), slots=3, window=10)]
+    assert plan(waiting, places) == []
+
+
+def test_for_bytes_that_pools_bring_together_nobody_behind_starts_in_any_of_them() -> None:
+    waiting = [
+        turn(1, "x", "o", served=4, bytes=90),
+        turn(2, "b", "m", served=6, bytes=20),
+        turn(3, "c", "n", served=6, bytes=25),
+    ]
+    places = [
+        pool("m", runs(8, "a", served=5), sits("b"), slots=2, bytes=20),
+        pool("n", runs(9, "d", served=5, may_pause=False), sits("c"), slots=2, bytes=25),
+    ]
+    assert plan(waiting, places, live_contexts=9, room=90) == []
+    assert plan(waiting, places, live_contexts=9, room=89) == [start(2, "b"), start(3, "c")], "(5): it is in nobody's way"

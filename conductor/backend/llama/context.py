@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from conductor.backend.llama.model import Model
 
 _decode = function("llama_decode", ctypes.c_int32, ctypes.c_void_p, ll.llama_batch)
-_logits_at = quick("llama_get_logits_ith", ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32)
+_logits = quick("llama_get_logits", ctypes.c_void_p, ctypes.c_void_p)
 
 #: what llama_decode returns where the KV cache has no room; nothing was changed then
 _NO_ROOM = 1
@@ -81,7 +81,7 @@ class Context:
         self.pending = False
         self._llama, self._kind = llama, kind
         self._n_batch = int(ll.llama_n_batch(handle))
-        self._rows: dict[int, npt.NDArray[np.float32]] = {}
+        self._rows: dict[tuple[int, int], npt.NDArray[np.float32]] = {}
 
     def close(self) -> None:
         ll.llama_free(self.handle)
@@ -118,21 +118,24 @@ class Context:
         if self.works_on:
             ll.llama_synchronize(self.handle)
 
-    def likeliest(self, at: int) -> int:
-        """The first of the tokens with the highest logit after the one at that place of the last batch. Synchronize before.
+    def likeliest(self, outputs: int) -> list[int]:
+        """After each token of the last batch whose logits were wanted, in their order, the first with the highest logit.
 
         As llama.cpp's greedy sampler says, which writes a candidate for each token of the vocabulary first.
         """
-        address = _logits_at(self.handle, at)
-        row = self._rows.get(address)
-        return int((self._row(address) if row is None else row).argmax())
+        return self.logits(outputs).argmax(axis=1).tolist() if outputs else []
 
-    def _row(self, address: int | None) -> npt.NDArray[np.float32]:
+    def logits(self, outputs: int) -> npt.NDArray[np.float32]:
+        """(outputs, vocabulary): llama.cpp's own, until the next decode. Synchronize before."""
+        address = _logits(self.handle)
         if not address:
             raise self.complaint("there are no logits")
-        values = (ctypes.c_float * self.model.n_vocab).from_address(address)
-        self._rows[address] = row = np.ctypeslib.as_array(values)  # as often as llama.cpp gives that address
-        return row
+        rows = self._rows.get((address, outputs))
+        if rows is None:
+            values = (ctypes.c_float * (self.model.n_vocab * outputs)).from_address(address)
+            rows = np.ctypeslib.as_array(values).reshape(outputs, self.model.n_vocab)
+            self._rows[address, outputs] = rows  # as often as llama.cpp gives that address
+        return rows
 
     # --- sequences --------------------------------------------------------------------------------------------------
 

@@ -77,12 +77,15 @@ class Sequence:
         """
         if self.context.pending:  # what llama.cpp would give is from before, and labelled as from after
             raise LlamaError("its cells were moved and nothing was decoded since")
-        streams, size = self.context.streams, self._size(0)
+        streams = self.context.streams
+        size = buffer.nbytes - streams.slack  # asking for it anew would take as long as many small copies
         state = buffer[streams.offset : streams.offset + size]
         written = ll.llama_state_seq_get_data(self.context.handle, pointer(state), size, self.slot)
         if written != size or state.nbytes != size:
             raise self.context.complaint(f"saved {written} of {size} bytes")
-        return streams.form(buffer, size, second=self._size(_PARTIAL) - _HEADER_BYTES, slot=self.slot)
+        parted = streams.hybrid or streams.caches == 2
+        second = self._size(_PARTIAL) - _HEADER_BYTES if parted else 0
+        return streams.form(buffer, size, second=second, slot=self.slot)
 
     def restore(self, buffer: ByteArray, form: Form | None) -> bool:
         """Bring a saved KV back; False (and an empty sequence) if llama.cpp does not take it."""
