@@ -180,7 +180,8 @@ class _Demo:
         out.print(tables.decodes(turns))
         status = self._status()
         out.print(tables.pools(status.pools))
-        self._transcript.step("together", turns=[turn.to_json() for turn in turns], pools=[pool.to_json() for pool in status.pools])
+        pools = [pool.to_json() for pool in status.pools]
+        self._transcript.step("together", turns=[turn.to_json() for turn in turns], pools=pools)
         claim = self._transcript.claim
         claim("the clones went on from the conversation: it was not read again",
               all(turn.prompt_tokens_reused >= held[source] - 1 for turn in turns))  # fmt: skip

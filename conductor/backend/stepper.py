@@ -49,7 +49,7 @@ class Stepper:
         ended = self.tell()
         self._context.synchronize()
         now = time.monotonic()
-        likeliest = iter(self._context.likeliest(sum(place is not None for _, _, place in members)))
+        likeliest = iter(self._context.likeliest(len([1 for _, _, place in members if place is not None])))
         for run, n_tokens, place in members:
             run.advance(n_tokens)
             if place is None:

@@ -32,6 +32,7 @@ def configured(**options: object) -> Config:
     document = {
         "device": {"kind": "cuda", "limit": "8GiB"},
         "host_budget": "256MiB",
+        "live_contexts": 1,
         "models": {role: {"path": str(MODELS / f"{role}.gguf")} for role in ROLES},
         **options,
     }
