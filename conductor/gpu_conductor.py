@@ -174,8 +174,9 @@ class GpuConductor:
     async def fork(self, agent_id: str, new_id: str, *, wait_s: float = 0, owner: OwnerId | None = None) -> Admission:
         """Admit an agent whose conversation begins where another's is, after the turns asked for so far; nothing is read again.
 
-        It gets the model, the window, the class and the priority of the other. Raises what `register` raises, UnknownAgent, and
-        WindowRefused, and TurnCancelled if `cancel` ends it with the turns before it.
+        It gets the model, the window, the class and the priority of the other. `wait_s` is for the admission; the turns before it
+        take as long as they take. Raises what `register` raises, UnknownAgent, and WindowRefused, and TurnCancelled if `cancel`
+        ends it with the turns before it.
         """
         await self.start()
         arrived_at = time.monotonic()
