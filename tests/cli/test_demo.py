@@ -18,6 +18,7 @@ STEPS = {
     "three agents, three models": "register",
     "status and list": "status",
     "turns: documenter-1 → coder-1 → documenter-1": "turns",
+    "coder-1 and two clones of it, in one batch": "together",
     "a fourth agent that does not fit": "refusal",
     "a code crew": "crew",
     "Ray's view, while three agents are registered": "ray",
