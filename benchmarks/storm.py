@@ -3,7 +3,8 @@
     python benchmarks/storm.py [--requests 1000] [--agents 32] [--seed 0] [--config FILE] [--save FILE]
 
 Turns are awaited, streamed, read slowly, left, cancelled, timed out and forked at random (`tests/support/storm.py`), through
-the Ray actor, with more agents than there are seats and memory for. Meanwhile `status` is asked again and again. A stall is the
+the Ray actor, with more agents than there are seats and memory for: unless a configuration is given, 40 MiB of RAM take the
+device's part, with four slots a pool and turns of 200 ms. Meanwhile `status` is asked again and again. A stall is the
 longest time between two tokens of a turn while it ran; with somebody's prompt in between it may last `max_stall_ms` and a
 step. The exit code is 1 if a request is not accounted for, or anything is left at the end.
 """
@@ -27,12 +28,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import actors
 from actors.connection import own
 from benchmarks import harness
-from conductor.config import load_config
+from conductor.config import load_config, parse_config
 from conductor.errors import ConductorError
 from conductor.types import Chunk, DecodeResult, Status
 from tests.support.storm import Account, Storm
 
 MODELS = ("coder", "reviewer", "documenter")
+#: what makes 32 agents of the models that come along get in each other's way
+CROWDED = {
+    "device": {"kind": "host", "host_bytes": "40MiB"},
+    "host_budget": "6MiB",
+    "min_turn_ms": 200,
+    "context": {"slots": 4, "first_window": 256},
+    "models": {model: {"path": f"models/{model}.gguf"} for model in MODELS},
+}
 
 
 class ThroughRay:
@@ -97,14 +106,15 @@ async def _rage(actor: Any, agents: list[str], seed: int, requests: int) -> tupl
 
 
 def main(
-    config: Annotated[Path | None, typer.Option("--config", "-c", help="Configuration with the three models.")] = None,
+    config: Annotated[Path | None, typer.Option("--config", "-c", help="Another configuration with the three models.")] = None,
     requests: Annotated[int, typer.Option(help="Requests in all.")] = 1000,
     agents: Annotated[int, typer.Option(help="Agents in all.")] = 32,
     seed: Annotated[int, typer.Option(help="What happens is drawn from it.")] = 0,
     save: Annotated[Path | None, typer.Option(help="Where the JSON goes (default: benchmarks/results).")] = None,
 ) -> None:
     """Print the account and save it."""
-    settings = load_config(config)
+    root = harness.RESULTS.parent.parent
+    settings = load_config(config) if config else parse_config(CROWDED, source="benchmarks/storm.py", directory=root)
     ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     actor = actors.connect(settings)
     ids = [f"agent-{i}" for i in range(agents)]

@@ -1,7 +1,7 @@
 """The ledger and the promise together: what admissions cost, and that the promise stays booked.
 
 Three kinds of lines. What is *fixed*: the process's overhead. What is *firm*: weights that stay, guaranteed windows,
-other tasks' bytes. And one *room for turns*: a reservation of headroom that live contexts, and the weights of models
+other tasks' bytes. And one *room for turns*: a reservation of headroom that live pools, and the weights of models
 that only best-effort agents use, take their bytes out of and return them to. It is never smaller than the promise
 (`admission.promise`), so a turn can always be had by waiting for others to end; while memory is free it may be larger,
 so that more than one pool is live, with more than one slot, and what is lent of it is given back as soon as somebody needs it.
@@ -124,7 +124,7 @@ class Books:
 
     @property
     def in_use_bytes(self) -> int:
-        """Of the room for turns: live contexts, and weights that only best-effort agents use."""
+        """Of the room for turns: live pools, and weights that only best-effort agents use."""
         return self.ledger.parts_bytes(self._headroom)
 
     def idle_bytes(self, *, kept: ModelId | None = None) -> int:

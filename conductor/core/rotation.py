@@ -176,7 +176,7 @@ class Rotation:
         return [] if turn is None else self._cancel(turn, "the caller went away")
 
     def on_expired(self, event: events.TurnExpired, at: float) -> list[actions.Action]:
-        """`fail_expired` fails it, unless it starts, or its place or its KV is under way."""
+        """`Schedule` fails it, unless it starts, or its seat or its KV is under way."""
         turn = self.turns.get(event.turn_id)
         if turn is not None and not turn.running:
             turn.expired = True

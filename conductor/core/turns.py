@@ -270,7 +270,7 @@ class _Plan:
         return sum(others if places >= len(others) else others[: max(0, int(places))])
 
     def _find_place(self, turn: WaitingTurn) -> bool:
-        """Whether one of the live contexts' places is free now; if not, one is waited for or cleared."""
+        """Whether one of the live pools' places is free now; if not, one is waited for or cleared."""
         if self._free_places > 0:
             self._free_places -= 1
             return True

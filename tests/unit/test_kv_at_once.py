@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import pytest
 
 from conductor.backend import kv_store
-from conductor.backend.kv_disk import KvDisk
 from conductor.backend.kv_store import Blob, KvStore
 from conductor.errors import InternalError
 from conductor.types import KvPlace
@@ -23,22 +22,6 @@ if TYPE_CHECKING:
     from conductor.backend.llama import ByteArray
 
 WORKERS = 6
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[KvDisk]:
-    disk = KvDisk(tmp_path, budget_bytes=DISK_BUDGET)
-    yield disk
-    disk.close()
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.fixture
-def store(disk: KvDisk) -> Iterator[KvStore]:
-    """Whatever a story does to it, in the end its books are in order."""
-    store = store_on(disk)
-    yield store
-    store.check()
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,22 +21,6 @@ from tests.support.blobs import BUDGET, DISK_BUDGET, LABEL, forbidden, reads_bac
 
 if TYPE_CHECKING:
     from conductor.backend.llama import ByteArray
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[KvDisk]:
-    disk = KvDisk(tmp_path, budget_bytes=DISK_BUDGET)
-    yield disk
-    disk.close()
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.fixture
-def store(disk: KvDisk) -> Iterator[KvStore]:
-    """Whatever a story does to it, in the end its books are in order."""
-    store = store_on(disk)
-    yield store
-    store.check()
 
 
 # --- any order ----------------------------------------------------------------------------------------------------------
