@@ -26,6 +26,7 @@ END_OF_TEXT, END_OF_TURN = 256, 258
 WORDS = ("the", "and", "hello", "world", "agent", "model")
 FILE_TYPES = {"f32": (TensorType.F32, gguf.LlamaFileType.ALL_F32), "q8_0": (TensorType.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0)}
 MAMBA_CONV, MAMBA_STATE = 4, 16
+EXPERTS_USED = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,7 @@ class Shape:
     n_vocab: int
     head_dim: int
     tied: bool
+    n_expert: int = 0
 
     @property
     def mamba(self) -> bool:
@@ -72,10 +74,15 @@ def write_tiny_gguf(
     chat_template: str | None = CHATML,
     file_type: str = "f32",
     hollow: bool = False,
+    n_expert: int = 0,
 ) -> Path:
-    """Write the file and return its path. The same arguments give the same bytes. gemma3 and mamba are always tied."""
+    """Write the file and return its path. The same arguments give the same bytes. gemma3 and mamba are always tied.
+
+    `n_expert`: of a llama, experts in each layer, two of which a token passes through.
+    """
     tied = tied or architecture in ("gemma3", "mamba")
-    shape = Shape(architecture, n_layer, n_embd, n_head, n_kv_head, n_ff, n_vocab, head_dim or n_embd // n_head, tied)
+    head_dim = head_dim or n_embd // n_head
+    shape = Shape(architecture, n_layer, n_embd, n_head, n_kv_head, n_ff, n_vocab, head_dim, tied, n_expert)
     writer = gguf.GGUFWriter(path, architecture)
     _add_sizes(writer, shape, trained_window=trained_window, sliding_window=sliding_window)
     _add_vocabulary(writer, n_vocab)
@@ -113,6 +120,9 @@ def _add_sizes(writer: gguf.GGUFWriter, shape: Shape, *, trained_window: int, sl
     writer.add_key_length(shape.head_dim)
     writer.add_value_length(shape.head_dim)
     writer.add_rope_dimension_count(shape.head_dim)
+    if shape.n_expert:
+        writer.add_expert_count(shape.n_expert)
+        writer.add_expert_used_count(EXPERTS_USED)
     if shape.architecture == "gemma3":
         writer.add_sliding_window(sliding_window)
 
@@ -185,6 +195,12 @@ def _attention_layer(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 def _feed_forward(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield "ffn_norm.weight", (shape.n_embd,)
+    if n := shape.n_expert:
+        yield "ffn_gate_inp.weight", (n, shape.n_embd)
+        yield "ffn_gate_exps.weight", (n, shape.n_ff, shape.n_embd)
+        yield "ffn_up_exps.weight", (n, shape.n_ff, shape.n_embd)
+        yield "ffn_down_exps.weight", (n, shape.n_embd, shape.n_ff)
+        return
     yield "ffn_gate.weight", (shape.n_ff, shape.n_embd)
     yield "ffn_up.weight", (shape.n_ff, shape.n_embd)
     yield "ffn_down.weight", (shape.n_embd, shape.n_ff)

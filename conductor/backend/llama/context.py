@@ -21,6 +21,7 @@ from conductor.core.estimate import Footprint, batch_tokens, refusal, slot_cells
 from conductor.types import ContextSpec, DeviceKind
 
 if TYPE_CHECKING:
+    from conductor.backend.llama.layer_ring import LayerRing
     from conductor.backend.llama.library import Llama
     from conductor.backend.llama.model import Model
 
@@ -49,6 +50,7 @@ class Context:
         *,
         n_threads: int,
         step: int | None = None,
+        ring: LayerRing | None = None,
     ) -> None:
         if why := refusal(spec):
             raise LlamaError(why)
@@ -63,6 +65,8 @@ class Context:
         params.type_k = params.type_v = KV_TYPES[spec.kv_type]
         params.swa_full = False
         params.offload_kqv = params.op_offload = kind is DeviceKind.CUDA
+        if ring is not None:
+            params.cb_eval = ring.callback
         handle = ll.llama_init_from_model(model_handle, params)
         if not handle:
             raise llama.complaint("llama_init_from_model returned nothing")
@@ -79,7 +83,7 @@ class Context:
         self.works_on = kind is DeviceKind.CUDA
         #: sequences were copied or shifted: llama.cpp does that with the next decode, and shows it as done before
         self.pending = False
-        self._llama, self._kind = llama, kind
+        self._llama, self._kind, self._ring = llama, kind, ring
         self._n_batch = int(ll.llama_n_batch(handle))
         self._rows: dict[tuple[int, int], npt.NDArray[np.float32]] = {}
 
@@ -104,7 +108,12 @@ class Context:
 
     def decode(self) -> None:
         """Decode the batch. Raises NoRoom, LlamaError. A batch with more tokens or outputs than there are slots would abort."""
-        code = _decode(self.handle, self.batch.filled())
+        if self._ring is None:
+            code = _decode(self.handle, self.batch.filled())
+        else:
+            with self._ring as ring:
+                code = _decode(self.handle, self.batch.filled())
+                ring.check()
         if code == 0:
             self.pending = False
         elif code == _NO_ROOM:

@@ -11,13 +11,18 @@ from pathlib import Path
 import llama_cpp.llama_cpp as ll
 import numpy as np
 
-from conductor.backend.llama.binding import ByteArray, LlamaError, function
+from conductor.backend.llama.binding import ByteArray, LlamaError
+from conductor.backend.llama.buffers import Buffer, memory_type
 from conductor.backend.llama.model import Model
+from conductor.backend.llama.movable import LAYER_PATTERN
 from conductor.backend.memory_breakdown import MemoryBreakdown
 from conductor.types import DeviceKind
 
 _WARNING, _ERROR = 3, 4  # ggml_log_level; the package's own table is out of date
-_GPU_DEVICE = 1  # GGML_BACKEND_DEVICE_TYPE_GPU
+
+
+class _Override(ctypes.Structure):  # struct llama_model_tensor_buft_override
+    _fields_ = [("pattern", ctypes.c_char_p), ("buffer_type", ctypes.c_void_p)]
 
 
 class Llama:
@@ -80,29 +85,41 @@ class Llama:
             raise self.complaint("llama_model_load_from_file returned nothing")
         return Model(self, handle, kind, name or Path(path).name)
 
+    def load_movable(self, path: str, kind: DeviceKind, *, index: int = 0, name: str = "") -> Model:
+        """Load a model whose weights are at home in host memory, and nothing of them on the device, until they are placed.
+
+        It may be larger than the device. Raises Unmovable where that cannot be done, LlamaError if it cannot be loaded.
+        """
+        self._log.clear()
+        params = ll.llama_model_default_params()
+        params.use_extra_bufts = False  # what crosses the link are the bytes of the file
+        params.load_mode = ll.LLAMA_LOAD_MODE_MMAP
+        no_devices = (ctypes.c_void_p * 1)(None)
+        in_host_memory = (_Override * 2)(_Override(LAYER_PATTERN.encode(), memory_type(DeviceKind.HOST)), _Override(None, None))
+        if kind is DeviceKind.CUDA:
+            params.n_gpu_layers, params.main_gpu, params.split_mode = -1, index, ll.LLAMA_SPLIT_MODE_NONE
+            params.tensor_buft_overrides = ctypes.cast(in_host_memory, ctypes.c_void_p)
+        else:
+            params.n_gpu_layers, params.devices = 0, ctypes.cast(no_devices, ctypes.c_void_p)
+        handle = ll.llama_model_load_from_file(os.fsencode(path), params)
+        if not handle:
+            raise self.complaint("llama_model_load_from_file returned nothing")
+        try:
+            return Model(self, handle, kind, name or Path(path).name, movable=True)
+        except BaseException:
+            ll.llama_model_free(handle)
+            raise
+
     def touch_device(self) -> None:
         """Make the CUDA context now, by allocating something, so that what it takes can be measured."""
-        by_type = function("ggml_backend_dev_by_type", ctypes.c_void_p, ctypes.c_int)
-        buffer_type = function("ggml_backend_dev_buffer_type", ctypes.c_void_p, ctypes.c_void_p)
-        allocate = function("ggml_backend_buft_alloc_buffer", ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
-        free = function("ggml_backend_buffer_free", None, ctypes.c_void_p)
-        device = by_type(_GPU_DEVICE)
-        if device and (buffer := allocate(buffer_type(device), 1 << 20)):
-            free(buffer)
+        if buffer := Buffer.on_device(DeviceKind.CUDA, 1 << 20):
+            buffer.free()
 
     def pinned(self, size: int) -> tuple[ByteArray, bool]:
         """`size` bytes of host memory for the life of the process: (array, page-locked for the GPU or not)."""
-        base = None
-        by_type = function("ggml_backend_dev_by_type", ctypes.c_void_p, ctypes.c_int)
-        host_type = function("ggml_backend_dev_host_buffer_type", ctypes.c_void_p, ctypes.c_void_p)
-        allocate = function("ggml_backend_buft_alloc_buffer", ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
-        name = function("ggml_backend_buffer_name", ctypes.c_char_p, ctypes.c_void_p)
-        get_base = function("ggml_backend_buffer_get_base", ctypes.c_void_p, ctypes.c_void_p)
-        device = by_type(_GPU_DEVICE)
-        kind = host_type(device) if device else None
-        buffer = allocate(kind, size) if kind else None
-        if buffer and name(buffer).endswith(b"_Host"):  # else llama.cpp fell back to plain memory without a word
-            base = get_base(buffer)
-        if base is None:
-            return np.empty(size, np.uint8), False
-        return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(base)), True
+        buffer = Buffer.in_host_memory(size)
+        if buffer is not None and buffer.pinned:
+            return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(buffer.base)), True
+        if buffer is not None:
+            buffer.free()
+        return np.empty(size, np.uint8), False

@@ -11,6 +11,7 @@ import llama_cpp.llama_cpp as ll
 from conductor.backend.deep_stack import on_a_deep_stack
 from conductor.backend.llama.binding import LlamaError
 from conductor.backend.llama.context import Context
+from conductor.backend.llama.movable import MovableWeights
 from conductor.core.estimate import Footprint
 from conductor.types import ContextSpec, DeviceKind
 
@@ -23,7 +24,8 @@ _TOKEN_ATTR_UNKNOWN, _TOKEN_ATTR_CONTROL = 1 << 0, 1 << 3
 class Model:
     """Loaded weights and their vocabulary."""
 
-    def __init__(self, llama: Llama, handle: Any, kind: DeviceKind, name: str) -> None:
+    def __init__(self, llama: Llama, handle: Any, kind: DeviceKind, name: str, *, movable: bool = False) -> None:
+        """`movable`: take its weights home. Raises Unmovable, LlamaError; llama.cpp's model is the caller's to free then."""
         self.name = name
         self._llama, self._handle, self._kind = llama, handle, kind
         self._vocab = ll.llama_model_get_vocab(handle)
@@ -33,8 +35,12 @@ class Model:
         self.forgets = bool(
             ll.llama_model_is_recurrent(handle) or ll.llama_model_is_hybrid(handle) or ll.llama_model_n_swa(handle) > 0
         )
+        #: None: all of the weights are on the device until the model is closed
+        self.weights = MovableWeights(handle, kind) if movable else None
 
     def close(self) -> None:
+        if self.weights is not None:
+            self.weights.close()
         ll.llama_model_free(self._handle)
         self._handle = None
 
@@ -51,7 +57,8 @@ class Model:
 
     def context(self, spec: ContextSpec, *, n_threads: int) -> Context:
         """A live context for `spec.slots` sequences. Raises LlamaError if it does not fit the device, or cannot be."""
-        return Context(self._llama, self, self._handle, self._kind, spec, n_threads=n_threads)
+        ring = self.weights.ring if self.weights is not None else None
+        return Context(self._llama, self, self._handle, self._kind, spec, n_threads=n_threads, ring=ring)
 
     def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
         """Token ids of `text`. `parse_special`: control strings such as <|im_end|> become their tokens."""
