@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from typing import Any
 
-from conductor.backend.llama.binding import function
+from conductor.backend.llama.binding import LlamaError, function
 from conductor.types import DeviceKind
 
 _CPU_DEVICE, _GPU_DEVICE = 0, 1  # ggml_backend_dev_type
@@ -33,8 +33,11 @@ def device(kind: DeviceKind) -> Any:
 
 
 def memory_type(kind: DeviceKind) -> Any:
-    """ggml's buffer type of the device's own memory."""
-    return _type_of_device(device(kind))
+    """ggml's buffer type of the device's own memory. Raises LlamaError if there is no such device: ggml would abort."""
+    found = device(kind)
+    if found is None:
+        raise LlamaError(f"there is no {kind.value} device")
+    return _type_of_device(found)
 
 
 class Buffer:
@@ -72,6 +75,7 @@ class Buffer:
         return bool(_name(self.handle).endswith(b"_Host"))
 
     def free(self) -> None:
+        """Idempotent."""
         _free(self.handle)
         self.handle = None
 

@@ -13,6 +13,7 @@ import llama_cpp.llama_cpp as ll
 import numpy as np
 import numpy.typing as npt
 
+from conductor.backend.llama import row_search
 from conductor.backend.llama.batch import Batch
 from conductor.backend.llama.binding import KV_TYPES, LlamaError, function, quick
 from conductor.backend.llama.sequence import Sequence
@@ -134,7 +135,10 @@ class Context:
         """
         if outputs == 1:  # a tiny model comes here thousands of times a second
             return [int(self.logits(1)[0].argmax())]
-        return self.logits(outputs).argmax(axis=1).tolist() if outputs else []
+        if not outputs:
+            return []
+        rows = self.logits(outputs)
+        return row_search.shared()(rows) if self.works_on else rows.argmax(axis=1).tolist()
 
     def logits(self, outputs: int) -> npt.NDArray[np.float32]:
         """(outputs, vocabulary): llama.cpp's own, until the next decode. Synchronize before."""

@@ -15,6 +15,7 @@ from conductor.backend.llama.binding import ByteArray, LlamaError
 from conductor.backend.llama.buffers import Buffer, memory_type
 from conductor.backend.llama.model import Model
 from conductor.backend.llama.movable import LAYER_PATTERN
+from conductor.backend.llama.tensors import Unmovable
 from conductor.backend.memory_breakdown import MemoryBreakdown
 from conductor.types import DeviceKind
 
@@ -90,6 +91,8 @@ class Llama:
 
         It may be larger than the device. Raises Unmovable where that cannot be done, LlamaError if it cannot be loaded.
         """
+        if index:
+            raise Unmovable("weights move to the first GPU that this process sees: name another by CUDA_VISIBLE_DEVICES")
         self._log.clear()
         params = ll.llama_model_default_params()
         params.use_extra_bufts = False  # what crosses the link are the bytes of the file

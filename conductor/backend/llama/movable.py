@@ -25,6 +25,8 @@ from conductor.types import DeviceKind
 #: the weights of layer i; what llama.cpp is told to leave in host memory
 LAYER_PATTERN = r"^blk\.(\d+)\."
 
+_WORTH_TIMING_BYTES = 1 << 20
+
 
 class _Block:
     """Weights that move together: (weight, offset) in a piece of memory."""
@@ -42,7 +44,10 @@ class _Block:
 
 
 class MovableWeights:
-    """Of a model just loaded, with its layers in host memory. Raises Unmovable, with the model as it was."""
+    """Of a model just loaded, with its layers in host memory.
+
+    Raises Unmovable, or LlamaError where host memory is short; whatever it raises, the model is only to be freed then.
+    """
 
     def __init__(self, model: Any, kind: DeviceKind) -> None:
         self._kind = kind
@@ -50,16 +55,18 @@ class MovableWeights:
         self._original = [(weight, *weight.place()) for weight in weights]
         self._sort(weights, memory_type(kind))
         self.blocks = Blocks(self._head.bytes, tuple(layer.bytes for layer in self._layers), self._stay.bytes)
-        self._home = self._settle_in()
         self._window: Buffer | None = None
         self._transfers: Transfers | None = None
         self.placement: Placement | None = None
         self.ring: LayerRing | None = None
         #: of the last time that weights were brought to the device
         self.link_bytes_per_s: float | None = None
+        self._home = self._copy_home()
         try:
+            self._go_home()
             survey(model, ((weight for weight, _ in layer.weights) for layer in self._layers))
-        except Unmovable:
+            self._free_what_was_loaded()  # last, for it cannot be taken back
+        except BaseException:
             self._restore()
             raise
 
@@ -76,12 +83,10 @@ class MovableWeights:
         self._head = _Block([weight for weight in others if not (stays and weight.is_in_host_memory)], room)
         self._stay = _Block([weight for weight in others if stays and weight.is_in_host_memory], room)
 
-    def _settle_in(self) -> Buffer:
-        """Copy all weights home, and free what llama.cpp holds of them on the device. Raises LlamaError, nothing changed."""
+    def _copy_home(self) -> Buffer:
         home = Buffer.in_host_memory(max(1, self.blocks.home_bytes))
         if home is None:
             raise LlamaError(f"{self.blocks.home_bytes} bytes of host memory for weights are not to be had")
-        loaded = {weight.buffer for weight, _ in self._head.weights} if self._kind is DeviceKind.CUDA else set()
         ctypes.memset(home.base, 0, home.bytes)  # what pads rows must be zeros: kernels read it
         offset = 0
         for block in (self._stay, self._head, *self._layers):
@@ -89,61 +94,77 @@ class MovableWeights:
             for weight, at in block.weights:
                 weight.copy_out(home.base + offset + at)
             offset += block.bytes
-        self._go_home(home)
-        for buffer in loaded:
-            if not evacuate(buffer, self._kind):
-                self._home = home
-                self._restore()
-                raise Unmovable("this llama.cpp does not let go of what it loaded")
         return home
 
-    def _go_home(self, home: Buffer) -> None:
+    def _go_home(self) -> None:
         for block in (self._stay, self._head, *self._layers):
-            block.move_to(home, block.at_home)
+            block.move_to(self._home, block.at_home)
+
+    def _free_what_was_loaded(self) -> None:
+        """The head, on a GPU; a file that is mapped into memory takes none."""
+        if self._kind is not DeviceKind.CUDA:
+            return
+        heads = {weight for weight, _ in self._head.weights}
+        for buffer in {buffer for weight, buffer, _ in self._original if weight in heads}:
+            if not evacuate(buffer, self._kind):
+                raise Unmovable("this llama.cpp does not let go of what it loaded")
 
     def place(self, placement: Placement, *, overlap: bool = True) -> None:
-        """Bring that much of the weights to the device. Raises LlamaError if it has no room for them; parked then."""
+        """Bring that much of the weights to the device. Raises LlamaError if it has no room for them.
+
+        Whatever it raises, the weights are parked then. `overlap`: see LayerRing.
+        """
+        n = len(self._layers)
+        if not 0 <= placement.resident <= n or placement.streams != (placement.resident < n):
+            raise ValueError(f"{placement} of a model of {n} layers")
         self.park()
-        window = Buffer.on_device(self._kind, max(1, placement_bytes(self.blocks, placement)))
-        if window is None:
-            raise LlamaError(f"{placement_bytes(self.blocks, placement)} bytes for weights are not to be had on the device")
+        size = placement_bytes(self.blocks, placement)
+        self._window = Buffer.on_device(self._kind, max(1, size))
+        if self._window is None:
+            raise LlamaError(f"{size} bytes for weights are not to be had on the device")
         try:
-            self._transfers = transfers_into(window, self._kind)
-        except LlamaError:
-            window.free()
+            self._transfers = transfers_into(self._window, self._kind)
+            self._fill(self._window, self._transfers, placement, overlap=overlap)
+        except BaseException:
+            self.park()
             raise
-        self._window, self.placement = window, placement
-        self._fill(window, self._transfers, placement, overlap=overlap)
+        self.placement = placement
 
     def _fill(self, window: Buffer, transfers: Transfers, placement: Placement, *, overlap: bool) -> None:
+        """Head, resident layers, slots, in this order."""
         n, streamed = len(self._layers), streamed_layers(len(self._layers), placement.resident)
-        began, moved, tickets = time.perf_counter(), 0, list[Ticket]()
-        end = 0
+        began, tickets, end = time.perf_counter(), list[Ticket](), 0
         for block in (self._head, *(self._layers[layer] for layer in range(n) if layer not in streamed)):
             tickets.append(transfers.copy(end, self._home.base + block.at_home, block.bytes))
             block.move_to(window, end)
             end += block.bytes
-        moved = end
         for ticket in tickets:
             transfers.wait(ticket)
-        if moved > _WORTH_TIMING_BYTES:
-            self.link_bytes_per_s = moved / (time.perf_counter() - began)
-        if not streamed:
-            return
-        size, place = slot_bytes(self.blocks, placement), dict[int, int]()
-        for position, layer in enumerate(streamed):
-            place[layer] = end + position % placement.slots * size
-            self._layers[layer].move_to(window, place[layer])
+        if end > _WORTH_TIMING_BYTES:
+            self.link_bytes_per_s = end / (time.perf_counter() - began)
+        if streamed:
+            self.ring = self._ring_at(end, window, transfers, placement, overlap=overlap)
+            self.ring.fill()
+
+    def _ring_at(self, start: int, window: Buffer, transfers: Transfers, placement: Placement, *, overlap: bool) -> LayerRing:
+        streamed, size = streamed_layers(len(self._layers), placement.resident), slot_bytes(self.blocks, placement)
+        place = {layer: start + position % placement.slots * size for position, layer in enumerate(streamed)}
+        for layer, offset in place.items():
+            self._layers[layer].move_to(window, offset)
 
         def fetch(layer: int) -> Ticket:
             block = self._layers[layer]
             return transfers.copy(place[layer], self._home.base + block.at_home, block.bytes)
 
-        moving = streamed_bytes(self.blocks, placement)
-        self.ring = LayerRing(
-            streamed, placement.slots, n_layers=n, bytes=moving, fetch=fetch, wait=transfers.wait, overlap=overlap
+        return LayerRing(
+            streamed,
+            placement.slots,
+            n_layers=len(self._layers),
+            bytes=streamed_bytes(self.blocks, placement),
+            fetch=fetch,
+            wait=transfers.wait,
+            overlap=overlap,
         )
-        self.ring.fill()
 
     def park(self) -> None:
         """Leave the device. Idempotent."""
@@ -151,7 +172,7 @@ class MovableWeights:
             return
         if self._transfers is not None:
             self._transfers.close()
-        self._go_home(self._home)
+        self._go_home()
         self._window.free()
         self._window = self._transfers = self.placement = self.ring = None
 
@@ -160,14 +181,12 @@ class MovableWeights:
         return self._home.pinned
 
     def close(self) -> None:
-        """Before llama.cpp frees the model: every tensor is where it was when it was loaded."""
+        """Before llama.cpp frees the model: every tensor is where it was when it was loaded. Idempotent."""
         self.park()
         self._restore()
 
     def _restore(self) -> None:
         for weight, buffer, data in self._original:
             weight.move_to(buffer, data)
+        self._original.clear()
         self._home.free()
-
-
-_WORTH_TIMING_BYTES = 1 << 20

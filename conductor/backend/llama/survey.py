@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import llama_cpp.llama_cpp as ll
 
-from conductor.backend.llama.layer_ring import LAYER_END
+from conductor.backend.llama.layer_ring import layer_that_ends
 from conductor.backend.llama.tensors import Unmovable, Weight, struct_at
 
 
@@ -20,12 +20,12 @@ def survey(model: Any, layers: Iterable[Iterable[Weight]]) -> None:
 
     def look(node: int, asks: bool, _: object) -> bool:
         if asks:
-            struct = struct_at(node)
-            if _is_end(struct):
-                ends.append(int(struct.name[len(LAYER_END) :]))
-            # A layer's last node may be one that uses its weights, and carries the name already.
-            current = ends[-1] if _is_end(struct) else len(ends)
-            used = {owner[source] for source in _sources(struct) if source in owner}
+            ending = layer_that_ends(node)
+            if ending is not None:
+                ends.append(ending)
+            # A layer's last node may itself use its weights.
+            current = ending if ending is not None else len(ends)
+            used = {owner[source] for source in _sources(node) if source in owner}
             astray.extend(f"layer {layer} in layer {current}" for layer in used if layer != current)
         return False
 
@@ -39,8 +39,8 @@ def survey(model: Any, layers: Iterable[Iterable[Weight]]) -> None:
     if not context:
         raise Unmovable("no context could be made to look at its layers")
     try:
-        batch = ll.llama_batch_get_one((ll.llama_token * 1)(0), 1)
-        if ll.llama_decode(context, batch):
+        token = (ll.llama_token * 1)(0)  # the batch only points to it
+        if ll.llama_decode(context, ll.llama_batch_get_one(token, 1)):
             raise Unmovable("its layers could not be looked at")
     finally:
         ll.llama_free(context)
@@ -50,13 +50,10 @@ def survey(model: Any, layers: Iterable[Iterable[Weight]]) -> None:
         raise Unmovable(f"its graph uses weights outside of their layer: {astray[0]}")
 
 
-def _sources(struct: Any) -> Iterable[int]:
-    for source in struct.src:
+def _sources(node: int) -> Iterator[int]:
+    """The tensors that it reads, and those that they are views of."""
+    for source in struct_at(node).src:
         if source:
             yield source
             if viewed := struct_at(source).view_src:
                 yield viewed
-
-
-def _is_end(struct: Any) -> bool:
-    return bool(struct.name.startswith(LAYER_END))

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import statistics
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -36,7 +38,11 @@ _event_free = function("ggml_backend_event_free", None, _pointer)
 _event_record = function("ggml_backend_event_record", None, _pointer, _pointer)
 _event_wait = function("ggml_backend_event_synchronize", None, _pointer)
 
+#: of a copy: a future, or one of CUDA's events
 Ticket = Any
+
+#: long enough that starting a copy does not count, short enough for the start of a process
+_PROBE_BYTES, _PROBES = 64 << 20, 5
 
 
 class Transfers(Protocol):
@@ -71,7 +77,7 @@ class HostTransfers:
 
 
 class GpuTransfers:
-    """ggml ends the process where CUDA reports an error, so copies do not fail here."""
+    """ggml ends the process where CUDA reports an error, so copies do not fail here. An event waited for is used again."""
 
     def __init__(self, buffer: Buffer) -> None:
         gpu = device(DeviceKind.CUDA)
@@ -91,8 +97,8 @@ class GpuTransfers:
         self._made: list[Any] = []
 
     def copy(self, offset: int, source: int, bytes: int) -> Ticket:
-        _copy_async(self._backend, self._whole, source, offset, bytes)
         event = self._spare.pop() if self._spare else self._new_event()
+        _copy_async(self._backend, self._whole, source, offset, bytes)
         _event_record(event, self._backend)
         return event
 
@@ -112,3 +118,28 @@ class GpuTransfers:
             raise LlamaError("no event for transfers could be made")
         self._made.append(event)
         return event
+
+
+def measure_link(kind: DeviceKind, *, bytes: int = _PROBE_BYTES) -> float:
+    """Bytes a second from host memory, page-locked beside a GPU, to the device. Raises LlamaError if there is no room to try."""
+    with contextlib.ExitStack() as undo:
+        home = _until_the_end(undo, Buffer.in_host_memory(bytes), bytes)
+        target = _until_the_end(undo, Buffer.on_device(kind, bytes), bytes)
+        transfers = transfers_into(target, kind)
+        undo.callback(transfers.close)
+        ctypes.memset(home.base, 1, bytes)  # else there may be no memory behind it to read
+        transfers.wait(transfers.copy(0, home.base, bytes))  # nor behind the target, on the host device
+        return bytes / statistics.median(_copy_s(transfers, home, bytes) for _ in range(_PROBES))
+
+
+def _until_the_end(undo: contextlib.ExitStack, buffer: Buffer | None, size: int) -> Buffer:
+    if buffer is None:
+        raise LlamaError(f"{size} bytes to measure the link with are not to be had")
+    undo.callback(buffer.free)
+    return buffer
+
+
+def _copy_s(transfers: Transfers, home: Buffer, bytes: int) -> float:
+    began = time.perf_counter()
+    transfers.wait(transfers.copy(0, home.base, bytes))
+    return time.perf_counter() - began
