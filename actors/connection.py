@@ -47,6 +47,8 @@ def join_ray(address: str | None = None) -> None:
 
 def init_ray(address: str | None, **options: Any) -> None:
     """`ray.init`, quietly. Raises ServiceFailed."""
+    # Ray makes its workers nice, and so the threads that feed the GPU: whoever computes beside them would go first.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
     except (ConnectionError, RuntimeError, ValueError, AuthenticationError) as error:

@@ -89,6 +89,7 @@ class Config(_Section):
     admission_percent: Annotated[int, Field(ge=1, le=100)] = 90
     live_contexts: PositiveInt | None = None
     host_budget: Bytes = 512 << 20
+    home_budget: Bytes = 8 << 30
     disk: DiskConfig = DiskConfig()
     threads: PositiveInt | None = None
     threads_per_context: PositiveInt | None = None

@@ -22,12 +22,12 @@ from conductor.backend.device import cap_bytes, physical_bytes
 from conductor.backend.engine import Closed, Engine, Moved
 from conductor.config import Config
 from conductor.core import actions, events
-from conductor.core.estimate import ModelPlan
 from conductor.core.events import RequestId
 from conductor.core.state import State
 from conductor.errors import ConductorError
+from conductor.history import History
 from conductor.turn_desk import TurnDesk, own
-from conductor.types import AgentId, KvPlace, LedgerEntry, ModelId, PoolId
+from conductor.types import AgentId, KvPlace, LedgerEntry, PoolId
 
 log = logging.getLogger("conductor")
 
@@ -56,6 +56,7 @@ class Executive:
         #: the ledger's log, one line for each change, the oldest forgotten
         self.ledger_log: deque[LedgerEntry] = deque(maxlen=_LOG_LINES)
         self._began_at = time.monotonic()
+        self.history = History(state, clock=time.monotonic)
         self._patience: dict[RequestId, asyncio.TimerHandle] = {}
         self.turns = TurnDesk(config, state, engine, ids=self._ids, dispatch=self.dispatch)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -106,7 +107,10 @@ class Executive:
         """Tell the state machine what happened and carry out its answer."""
         revision = self._state.ledger.revision
         try:
-            for action in self._state.handle(*happened, at=time.monotonic()):
+            self.history.heard(happened)
+            todo = self._state.handle(*happened, at=time.monotonic())
+            self.history.decided(todo)
+            for action in todo:
                 log.debug("%s -> %s", happened, action)
                 self._carry_out(action)
         except Exception as bug:
@@ -114,6 +118,7 @@ class Executive:
             self._give_up(own(bug))
             raise
         if self._state.ledger.revision != revision:
+            self._engine.external_bytes = self._state.books.external.bytes
             self._log_ledger(happened)
             self._on_change()
         if self._next_progress is None and self._state.rotation.waiting():
@@ -154,10 +159,10 @@ class Executive:
                 self._answer(request, reservation)
             case actions.AnswerRelease(request, released):
                 self._answer(request, released)
-            case actions.LoadModel(plan):
-                self._spawn(self._load(plan))
-            case actions.UnloadModel(model_id):
-                self._spawn(self._unload(model_id))
+            case actions.LoadModel() as load:
+                self._spawn(self._load(load))
+            case actions.UnloadModel() as unload:
+                self._spawn(self._unload(unload))
             case actions.OpenPool() as opening:
                 self._spawn(self._open_pool(opening))
             case actions.ClosePool(pool_id):
@@ -218,20 +223,23 @@ class Executive:
 
     # --- work -------------------------------------------------------------------------------------------------------
 
-    async def _load(self, plan: ModelPlan) -> None:
+    async def _load(self, load: actions.LoadModel) -> None:
         event: events.Event
+        id = load.model.id
         try:
-            event = events.ModelLoaded(plan.id, await self._in(self._io_threads, self._engine.load, plan))
+            weights = await self._in(self._io_threads, self._engine.load, load.model, load.placement)
+            event = events.ModelLoaded(id, weights, at_home=self._engine.is_at_home(id))
         except Exception as error:
-            event = events.ModelLoadFailed(plan.id, own(error))
+            event = events.ModelLoadFailed(id, own(error), at_home=self._engine.is_at_home(id))
         self.dispatch(event)
 
-    async def _unload(self, model_id: ModelId) -> None:
+    async def _unload(self, unload: actions.UnloadModel) -> None:
+        step_s: float | None = None
         try:
-            await self._in(self._io_threads, self._engine.unload, model_id)
+            step_s = await self._in(self._io_threads, self._engine.unload, unload.model_id, unload.keep_home)
         except Exception as error:  # whoever waits for the bytes must not wait for ever
             log.error("unloading a model", exc_info=error)
-        await self._gave_back(events.ModelUnloaded(model_id))
+        await self._gave_back(events.ModelUnloaded(unload.model_id, step_s))
 
     async def _open_pool(self, opening: actions.OpenPool) -> None:
         event: events.Event

@@ -28,6 +28,7 @@ from conductor.core.ledger import OverCap
 from conductor.core.state import Rules, State
 from conductor.errors import ConfigError, ServiceFailed, UnknownAgent
 from conductor.executive import Executive
+from conductor.happenings import HistoryEntry
 from conductor.quotes import Quotes
 from conductor.status import Picture
 from conductor.types import (
@@ -84,7 +85,7 @@ class GpuConductor:
         self._quotes = Quotes(self.config, self._engine)
         config, device = self.config, self._engine.device
         self._state = State(
-            _rules(config),
+            _rules(config, link_bytes_per_s=self._engine.link_bytes_per_s),
             cap_bytes=cap_bytes(device.read(), config.admission_percent),
             id_prefix=f"{secrets.token_hex(2)}-",
         )
@@ -348,6 +349,11 @@ class GpuConductor:
         await self._started()
         return tuple(self._executive.ledger_log)
 
+    async def history(self, since: int = 0) -> tuple[HistoryEntry, ...]:
+        """What was decided and done after the entry of that number, oldest first; the last 4,096 are kept."""
+        await self._started()
+        return self._executive.history.since(since)
+
     async def list(self) -> tuple[AgentStatus, ...]:
         """The agents, in the order of their admission."""
         await self._started()
@@ -366,7 +372,7 @@ def _closed() -> ServiceFailed:
     return ServiceFailed("the conductor was closed")
 
 
-def _rules(config: Config) -> Rules:
+def _rules(config: Config, *, link_bytes_per_s: float) -> Rules:
     return Rules(
         live_contexts=config.live_contexts,
         min_turn_s=config.min_turn_ms / 1000,
@@ -377,4 +383,6 @@ def _rules(config: Config) -> Rules:
         ageing_s=config.ageing_s,
         idle_shrink_s=config.idle_shrink_s,
         idle_ttl_s=config.idle_ttl_s,
+        home_bytes=config.home_budget,
+        link_bytes_per_s=link_bytes_per_s,
     )

@@ -53,7 +53,8 @@ class Quotes:
         steps = (1,) if spec.service_class is ServiceClass.GUARANTEED else slot_steps(self._config.slots(plan.key))
         every = (replace(context, window=window, slots=slots) for window in windows for slots in steps)
         shapes = [shape for shape in every if shape.slots == 1 or not refusal(shape)]
-        took = self._engine.estimator.estimates(plan, shapes, at_most=self._engine.device.read().total_bytes)
+        device = self._engine.device.read().total_bytes
+        took = self._engine.estimator.estimates(plan, shapes, at_most=device + (plan.weights_bytes if plan.blocks else 0))
         priced = {it: self._engine.priced(plan.geometry, it, footprint) for it, footprint in zip(shapes, took, strict=True)}
         ladder = tuple(_rung(window, priced) for window in windows)
         weights = priced[replace(context, slots=1)].weights_bytes

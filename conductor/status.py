@@ -7,6 +7,7 @@ import time
 from conductor import __version__
 from conductor.backend.engine import Engine
 from conductor.core.events import AgentSpec
+from conductor.core.residency import Model
 from conductor.core.sessions import Agent, Phase, Turn
 from conductor.core.state import State
 from conductor.core.waitlist import Waiting
@@ -33,6 +34,7 @@ class Picture:
 
     def __init__(self, state: State, engine: Engine, executive: Executive) -> None:
         self._state, self._engine, self._executive = state, engine, executive
+        self._started_at = time.time()
 
     def status(self, mirror: MirrorStatus | None, *, uptime_s: float) -> Status:
         state, ledger, device = self._state, self._state.ledger, self._engine.device
@@ -56,6 +58,8 @@ class Picture:
             estimates=self._engine.estimator.how,
             threads=self._engine.threads,
             uptime_s=uptime_s,
+            computed_tokens=self._executive.history.computed_tokens(self._engine.progress()),
+            started_at=self._started_at,
         )  # fmt: skip
 
     def models(self) -> tuple[ModelStatus, ...]:
@@ -66,9 +70,12 @@ class Picture:
                 path=model.plan.path,
                 state=model.state,
                 agents=sum(agent.model_id == id for agent in state.agents.values()),
-                bytes=state.ledger.size(model.reservation) if model.reservation else 0,
+                bytes=state.books.prices.held_bytes(model),
                 estimated_bytes=model.plan.weights_bytes,
                 estimate_error=model.estimate_error,
+                residency=_residency(model),
+                ring_bytes=state.ledger.size(model.ring) if model.ring else 0,
+                weights=self._engine.weights(id),
             )
             for id, model in state.models.items()
         )
@@ -164,8 +171,15 @@ class Picture:
         if spec.service_class is ServiceClass.GUARANTEED:
             return ()
         room = self._state.books.room()
-        alone = room.best_cap_bytes - room.fixed_bytes - spec.model.weights_bytes
+        alone = room.best_cap_bytes - room.fixed_bytes - self._state.books.prices.newcomer(spec).weights_bytes
         fitting = [rung.window for rung in spec.ladder if rung.context_bytes <= alone]
         if not fitting or fitting[-1] == spec.context.window:
             return ()
         return (f"of {spec.context.window} tokens no more than {fitting[-1]} can be live on this device, even alone",)
+
+
+def _residency(model: Model) -> str:
+    placement = model.placement
+    if placement is None or not placement.streams:
+        return model.state.value
+    return f"streamed {placement.resident}+{placement.slots}/{model.plan.geometry.n_layer}"

@@ -68,6 +68,7 @@ class Kind(str, enum.Enum):
     """What booked bytes are for."""
 
     WEIGHTS = "weights"
+    RING = "ring"  #: slots that the layers of a model pass through
     CONTEXT = "context"  #: KV cache and compute buffers of a live context
     HEADROOM = "headroom"  #: promised to the registered agents' turns, used by no context at this moment
     OVERHEAD = "overhead"  #: what the process itself holds on the device (CUDA context, libraries)
@@ -245,14 +246,29 @@ class LedgerEntry(Record):
 
 
 @dataclass(frozen=True, slots=True)
+class WeightsStatus(Record):
+    """A model's weights that may leave the device, and what passed through its ring since they were placed."""
+
+    home_bytes: int  #: of host memory
+    pinned: bool  #: page-locked: copied at the link's full rate
+    passes: int
+    moved_bytes: int
+    stalled_s: float  #: waiting for layers, with nothing to compute
+    link_share: float  #: bytes per second while it decoded, of what the link gives
+
+
+@dataclass(frozen=True, slots=True)
 class ModelStatus(Record):
     key: ModelKey
     path: str
     state: ModelState
     agents: int
-    bytes: int  #: booked for its weights; 0 while parked
+    bytes: int  #: booked for its weights, and the ring; 0 while parked
     estimated_bytes: int  #: what its weights were expected to take
     estimate_error: float | None  #: (measured - estimated) / estimated at the last load; None before the first
+    residency: str = ""  #: resident, parked, or streamed R+K/N: R layers stay, the other N - R pass through K slots
+    ring_bytes: int = 0  #: of `bytes`, the slots
+    weights: WeightsStatus | None = None  #: of weights that have a home in host memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -345,3 +361,5 @@ class Status(Record):
     estimates: str  #: how bytes are known before a model is loaded
     threads: int  #: of the CPU, in all
     uptime_s: float
+    computed_tokens: int = 0  #: since the start, of prompts and answers, turns that run now included
+    started_at: float = 0.0  #: time.time(); another one is another conductor, which knows nothing of the one before

@@ -19,7 +19,7 @@ from conductor.backend.device import Device, margins, open_device
 from conductor.backend.estimator import Estimator
 from conductor.backend.kv_disk import KvDisk
 from conductor.backend.kv_store import KvStore
-from conductor.backend.llama import Llama
+from conductor.backend.llama import Llama, measure_link
 from conductor.backend.models import Models, priced, temporary_bytes
 from conductor.backend.pools import Pools
 from conductor.backend.saved_kv import SavedKv
@@ -28,8 +28,19 @@ from conductor.backend.turn import TurnEnd, TurnOrder, TurnOutcome
 from conductor.backend.turns import Turns
 from conductor.config import Config
 from conductor.core.estimate import Footprint, Geometry, ModelPlan
+from conductor.core.streaming import Placement
 from conductor.errors import ConfigError
-from conductor.types import AgentId, ContextSpec, DeviceKind, FinishReason, HostMemoryStatus, KvPlace, ModelId, PoolId
+from conductor.types import (
+    AgentId,
+    ContextSpec,
+    DeviceKind,
+    FinishReason,
+    HostMemoryStatus,
+    KvPlace,
+    ModelId,
+    PoolId,
+    WeightsStatus,
+)
 
 __all__ = ["Closed", "Engine", "Moved"]
 
@@ -50,6 +61,8 @@ class Engine:
 
     def __init__(self, config: Config) -> None:
         llama = self._llama = Llama.instance()
+        #: booked by other tasks, which may have taken them, or not yet
+        self.external_bytes = 0
         self.threads = config.threads or _physical_cores()
         self._models = Models(llama, index=config.device.index)
         self._pools = Pools(
@@ -67,6 +80,8 @@ class Engine:
         self.overhead_bytes = self._touch_device()
         arena, pinned = llama.pinned(config.host_budget)
         self._saved = SavedKv(KvStore(arena, pinned=pinned, disk=_disk(config)))
+        if config.home_budget:
+            self._models.link_bytes_per_s = measure_link(self.device.kind)
         self._prompt_threads = ThreadPoolExecutor(_PROMPT_THREADS, thread_name_prefix="prompt")
         self._kv_threads = ThreadPoolExecutor(_KV_THREADS, thread_name_prefix="kv")
         self._seats = Seats(self._saved, self._kv_threads)
@@ -100,8 +115,8 @@ class Engine:
         return self._models.weights_bytes + self._pools.used_bytes
 
     def _margin_bytes(self) -> int:
-        """What may be held beyond that account: kernels that are loaded late, and the contexts' temporary buffers."""
-        return sum(bytes for _, bytes in margins(self.device.kind)) + self._pools.temporary_bytes
+        """What may be held beyond that account: kernels that are loaded late, contexts' temporary buffers, other tasks' bytes."""
+        return sum(bytes for _, bytes in margins(self.device.kind)) + self._pools.temporary_bytes + self.external_bytes
 
     def pool_bytes(self, geometry: Geometry, spec: ContextSpec) -> int:
         """What a context takes on a GPU beside what llama.cpp accounts for."""
@@ -111,17 +126,34 @@ class Engine:
         """By llama.cpp's account, as it is booked: with what the driver rounds up, and with the context's own pool."""
         return priced(self.device, geometry, spec, took)
 
+    @property
+    def link_bytes_per_s(self) -> float:
+        """From host memory to the device, measured; 0 if nothing streams here."""
+        return self._models.link_bytes_per_s
+
     def host_memory(self) -> HostMemoryStatus:
         return self._saved.status()
 
     # --- models and pools -------------------------------------------------------------------------------------------
 
-    def load(self, plan: ModelPlan) -> int:
-        """Load the weights; returns what they really take. Raises ModelLoadFailed."""
-        return self._models.load(plan, self.device)
+    def load(self, plan: ModelPlan, placement: Placement | None = None) -> int:
+        """Load the weights, or bring that part of them from their home; returns what they really take. Raises ModelLoadFailed."""
+        return self._models.load(plan, self.device, placement)
 
-    def unload(self, model_id: ModelId) -> None:
-        self._models.unload(model_id, self.device)
+    def is_at_home(self, model_id: ModelId) -> bool:
+        """Whether its weights are in host memory, ready to be brought to the device."""
+        return self._models.is_at_home(model_id)
+
+    def unload(self, model_id: ModelId, keep_home: bool = False) -> float | None:
+        """Free the weights' place on the device and, unless it is kept, their home.
+
+        Returns what a step's computation took while layers streamed, in s; None if none did.
+        """
+        return self._models.unload(model_id, self.device, keep_home=keep_home)
+
+    def weights(self, model_id: ModelId) -> WeightsStatus | None:
+        """Where its weights are, and what passed through its ring; None of weights that have no home."""
+        return self._models.status(model_id)
 
     def open_pool(self, pool_id: PoolId, model_id: ModelId, spec: ContextSpec, *, for_agent: AgentId) -> int | None:
         """Make a context with `spec.slots` seats and start its thread. Raises DecodeFailed.

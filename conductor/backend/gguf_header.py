@@ -19,7 +19,10 @@ from conductor.backend.gguf_checks import check_generates, check_norms, check_ro
 from conductor.backend.gguf_file import BLOCKS, STRING, Array, GgufFile, Malformed, Tensor, Value, aligned, parse, row_bytes
 from conductor.backend.gguf_keys import Keys
 from conductor.core.estimate import F32_BYTES, Geometry
+from conductor.core.streaming import Blocks
+from conductor.core.streaming import aligned as aligned_in_block
 from conductor.errors import BadModelFile
+from conductor.types import DeviceKind
 
 MAX_LAYERS = 512  #: llama.cpp aborts above it
 MAX_HEADS = 1 << 16
@@ -31,6 +34,7 @@ GPU_ALIGNMENT_BYTES = 128
 GPU_ROW_ELEMENTS = 512
 
 ARCHITECTURE = r"[a-z0-9][a-z0-9._-]{0,63}"
+LAYER_TENSOR = r"^blk\.(\d+)\."
 TOKEN_EMBEDDINGS, OUTPUT, LONG_FACTORS = "token_embd.weight", "output.weight", "rope_factors_long"
 
 #: Architectures whose layers llama.cpp lets slide: all but every n-th. Others that could count as full, the larger.
@@ -42,6 +46,8 @@ class GgufHeader:
     architecture: str
     name: str | None
     geometry: Geometry
+    #: what of its weights moves together, on the host device and on a GPU; None if its layers are not numbered from 0
+    blocks: Mapping[DeviceKind, Blocks | None]
     has_chat_template: bool
     file_type: int | None  #: llama.cpp's number for the mix of tensor types
     metadata: Mapping[str, Value]
@@ -103,6 +109,7 @@ def _describe(file: GgufFile) -> GgufHeader:
         architecture=architecture,
         name=name if isinstance(name, str) else None,
         geometry=geometry,
+        blocks={kind: _blocks(file.tensors, kind) for kind in DeviceKind},
         has_chat_template=isinstance(file.metadata.get("tokenizer.chat_template"), str),
         file_type=file_type if isinstance(file_type, int) else None,
         metadata=file.metadata,
@@ -229,6 +236,25 @@ def _offloaded_bytes(tensors: Mapping[str, Tensor]) -> int:
     """On a GPU. The embedding table stays on the host; if it serves as output too, a copy of it is made."""
     tied = OUTPUT not in tensors
     return sum(_gpu_bytes(tensor) for name, tensor in tensors.items() if tied or name != TOKEN_EMBEDDINGS)
+
+
+def _blocks(tensors: Mapping[str, Tensor], kind: DeviceKind) -> Blocks | None:
+    """As `MovableWeights` lays them out. On a GPU the embeddings stay at home, but for a copy where they serve as output."""
+    on_gpu = kind is DeviceKind.CUDA
+    layers: dict[int, int] = {}
+    head = stays = 0
+    for name, tensor in tensors.items():
+        size = aligned_in_block(_gpu_bytes(tensor) if on_gpu else tensor.bytes)
+        if of_layer := re.match(LAYER_TENSOR, name):
+            layers[int(of_layer[1])] = layers.get(int(of_layer[1]), 0) + size
+        elif on_gpu and name == TOKEN_EMBEDDINGS:
+            stays += size
+            head += 0 if OUTPUT in tensors else size
+        else:
+            head += size
+    if sorted(layers) != list(range(len(layers))) or not layers:
+        return None
+    return Blocks(head, tuple(layers[number] for number in range(len(layers))), stays)
 
 
 def _gpu_bytes(tensor: Tensor) -> int:

@@ -126,6 +126,7 @@ class Pool:
         called = bool(self._calls)
         while self._calls:
             self._calls.popleft()()
+            self.seating.sweep()  # who called has heard by now
             if self._ready:
                 break  # one, and then those who decode go on
         while self._joining:

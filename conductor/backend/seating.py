@@ -28,13 +28,15 @@ class Seating:
     def __init__(self, context: Context, *, weights_bytes: int, slot_bytes: int) -> None:
         self._context, self._weights_bytes, self._slot_bytes = context, weights_bytes, slot_bytes
         self.seats: dict[AgentId, Seat] = {}
+        self._left: list[int] = []  #: free slots that hold what nobody needs any more
         self._slots: Sequence[int] = ()  #: of the last step
         self._gaps = 0  #: between those
         self._lost_bytes = 0  #: that passes read because of gaps, since there was none
         self._price_bytes = 0  #: of closing them
 
     def take(self, agent_id: AgentId, conversation: Conversation) -> Seat:
-        """The lowest free slot. Raises InternalError if there is none, or the agent has one."""
+        """The lowest free slot, empty. Raises InternalError if there is none, or the agent has one."""
+        self.sweep()
         free = self._free()
         if agent_id in self.seats or not free:
             raise InternalError(f"no seat for {agent_id}: {len(self.seats)} of {self._context.n_slots} are taken")
@@ -42,9 +44,14 @@ class Seating:
         return seat
 
     def leave(self, seat: Seat) -> None:
-        """Free the slot, and what is in it."""
+        """Free the slot. `sweep` before anything is decoded."""
         self.seats.pop(seat.agent_id)
-        seat.sequence.clear()
+        self._left.append(seat.sequence.slot)
+
+    def sweep(self) -> None:
+        """Empty the slots that were left: thousands of cells take a millisecond, for which whoever is told need not wait."""
+        while self._left:
+            self._context.empty(self._left.pop())
 
     def purge(self, seat: Seat) -> None:
         """Wipe what a slot was given in error. Clearing it is not enough: a NaN in a cell that is free, or a position below

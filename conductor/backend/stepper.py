@@ -46,27 +46,32 @@ class Stepper:
             return [ended for each in alone for ended in each]
         except LlamaError as error:
             return [(run, error) for run, _, _ in members]
+        for run, n_tokens, _ in members:
+            run.advance(n_tokens)
         ended = self.tell()
+        if self._context.works_on:
+            for run, _, _ in members:
+                run.telling.keep_up()  # while it computes; at its end all would wait for that
         self._context.synchronize()
         now = time.monotonic()
-        likeliest = iter(self._context.likeliest(len([1 for _, _, place in members if place is not None])))
-        for run, n_tokens, place in members:
-            run.advance(n_tokens)
-            if place is None:
-                continue
+        ended += self._draw([(run, place) for run, _, place in members if place is not None], now)
+        self._measure(members, now - began)
+        if self._due and not self._context.works_on:
+            ended += self.tell()
+        return ended
+
+    def _draw(self, drawing: Sequence[tuple[TurnRun, int]], now: float) -> list[tuple[TurnRun, Ending]]:
+        """The next token of each, whose logits are at that place. Returns those that end with it."""
+        ended: list[tuple[TurnRun, Ending]] = []
+        for (run, place), likeliest in zip(drawing, self._context.likeliest(len(drawing)), strict=True):
             try:
-                token = next(likeliest)
-                if run.sampler is not None:
-                    token = run.sampler.draw(self._context, place)
+                token = likeliest if run.sampler is None else run.sampler.draw(self._context, place)
                 if (end := run.take(token, now)) is not None:
                     ended.append((run, end))
                 elif now >= run.telling.next_at:
                     self._due.append(run)
             except Exception as error:
                 ended.append((run, error))
-        self._measure(members, now - began)
-        if self._due and not self._context.works_on:
-            ended += self.tell()
         return ended
 
     def tell(self) -> list[tuple[TurnRun, Ending]]:

@@ -11,15 +11,15 @@ from conductor.types import Chunk
 
 
 class Telling:
-    """Nothing is done for a token until somebody looks, unless a stop string may end in it. Lives as long as its turn."""
+    """`made`: the turn's tokens, as they grow. Nothing is done for one until somebody looks. Lives as long as its turn."""
 
-    def __init__(self, stop: Sequence[str], *, partial: bytes) -> None:
+    def __init__(self, made: Sequence[int], stop: Sequence[str], *, partial: bytes) -> None:
+        self._made = made
         self._assembler = TextAssembler(stop, partial=partial)
         self.heeds_stop = bool(stop)
         self.text: list[str] = []
         self.next_at = math.inf  #: time.monotonic() from which `show` has something to do
-        self._untold: list[int] = []
-        self._tokens = self._tokens_shown = 0
+        self._assembled = self._shown = 0  #: so many of the tokens
         self._model: Model | None = None  #: none while the turn stands still
         self._emit: Callable[[Chunk], None] | None = None
         self._interval_s = 0.0
@@ -31,25 +31,24 @@ class Telling:
             self.next_at = 0.0  # the first text goes out at once
         self._model, self._emit, self._interval_s = model, emit, interval_s
 
-    def add(self, token: int) -> bool:
-        """Take in a token; True if a stop string is complete now."""
-        self._tokens += 1
-        self._untold.append(token)
-        return self.heeds_stop and self._assemble()
+    def keep_up(self) -> bool:
+        """Make text of what was made since; True if a stop string is complete now."""
+        return self._assemble(len(self._made))
 
     def end(self) -> None:
-        """Count the token that ended the answer, which has no text."""
-        self._tokens += 1
+        """The newest token ended the answer: it counts, and has no text."""
+        self._assemble(len(self._made) - 1)
+        self._assembled += 1
 
     def show(self, now: float) -> None:
         """Hand on what became text: at once the first time, later by time, so that nobody gets a message for each token."""
-        self._assemble()
+        self.keep_up()
         text = self._assembler.take()
         if not text:
             return
         self.text.append(text)
         if self._emit is not None:
-            tokens, self._tokens_shown = self._tokens - self._tokens_shown, self._tokens
+            tokens, self._shown = len(self._made) - self._shown, len(self._made)
             self.next_at = now + self._interval_s
             self._emit(Chunk(text, tokens))
 
@@ -60,14 +59,14 @@ class Telling:
 
     def finish(self) -> bytes:
         """Release what waited for a stop string that did not come; returns the bytes of an unfinished character."""
-        self._assemble()
+        self.keep_up()
         return self._assembler.finish()
 
-    def _assemble(self) -> bool:
+    def _assemble(self, tokens: int) -> bool:
         if self._model is None:
             return False  # it was done before
         stopped = False
-        for token in self._untold:
+        for token in self._made[self._assembled : tokens]:
             stopped = self._assembler.add(self._model.piece(token)) or stopped
-        self._untold.clear()
+        self._assembled = tokens
         return stopped

@@ -48,6 +48,7 @@ class TurnRun:
         self._before = conversation.tokens
         #: how many tokens at the cache's start are still those of `_before`, were it to hold as many
         self._untouched = len(self._before)
+        self._max_tokens = request.max_tokens
         self._seed = request.seed if request.seed is not None else secrets.randbelow(MAX_SEED + 1)
         self._target: Target | None = None
         self._order: TurnOrder | None = None
@@ -60,7 +61,7 @@ class TurnRun:
         self._ends: frozenset[int] = frozenset()
         self._first_token_at = self._token_at = self._longest_stall_s = 0.0
         continues = request.prompt is None and request.messages is None
-        self.telling = Telling(request.stop, partial=conversation.partial if continues else b"")
+        self.telling = Telling(self.made, request.stop, partial=conversation.partial if continues else b"")
 
     def close(self) -> None:
         if self.sampler is not None:
@@ -207,9 +208,9 @@ class TurnRun:
 
     def take(self, token: int, now: float) -> FinishReason | Outgrown | None:
         """Keep the next token; why no other follows it here. A tiny model comes here thousands of times a second."""
-        tokens = self.conversation.tokens
+        tokens, made = self.conversation.tokens, self.made
         tokens.append(token)
-        self.made.append(token)
+        made.append(token)
         if self._token_at:
             if now - self._token_at > self._longest_stall_s:
                 self._longest_stall_s = now - self._token_at
@@ -219,9 +220,9 @@ class TurnRun:
         if token in self._ends:
             self.telling.end()
             return FinishReason.EOS
-        if self.telling.add(token):
+        if self.telling.heeds_stop and self.telling.keep_up():
             return FinishReason.STOP
-        if len(self.made) >= self.request.max_tokens:
+        if len(made) >= self._max_tokens:
             return FinishReason.LENGTH
         return self._at_limit(len(tokens)) if len(tokens) >= self._limit else None
 

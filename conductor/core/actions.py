@@ -7,18 +7,25 @@ from typing import TypeAlias
 
 from conductor.core.estimate import ModelPlan
 from conductor.core.events import AgentSpec, RequestId, TurnId
+from conductor.core.streaming import Placement
 from conductor.errors import ConductorError
 from conductor.types import AgentId, ContextSpec, FinishReason, KvPlace, ModelId, PoolId, ReservationId
 
 
 @dataclass(frozen=True, slots=True)
 class LoadModel:
+    """Bring weights to the device: all of them as llama.cpp loads them or, with a home in host memory, as they are placed."""
+
     model: ModelPlan
+    placement: Placement | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class UnloadModel:
+    """Take weights off the device. `keep_home`: those at home in host memory stay there."""
+
     model_id: ModelId
+    keep_home: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,22 +13,32 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from conductor.core import admission
-from conductor.core.admission import Decision, Promise, Room, Tenant
-from conductor.core.estimate import ModelPlan
+from conductor.core.admission import Decision, Outcome, Promise, Room
 from conductor.core.events import AgentSpec, Rung
+from conductor.core.external import External
+from conductor.core.homes import Homes
 from conductor.core.ledger import Ledger, OverCap
 from conductor.core.pools import Pool, PoolPhase
+from conductor.core.prices import Prices
 from conductor.core.residency import Model
 from conductor.core.sessions import Agent, Phase
+from conductor.core.streaming import Placement, ring_bytes
 from conductor.errors import InternalError
-from conductor.types import AgentId, ContextSpec, Kind, ModelId, ModelState, OwnerId, PoolId, ReservationId, ServiceClass
+from conductor.types import AgentId, ContextSpec, Kind, ModelId, ModelState, PoolId, ReservationId, ServiceClass
 
 
 class Books:
-    """Who is in is the caller's knowledge (`agents`, `models`: shared and read only); what it costs is decided here."""
+    """Who is in is the caller's knowledge (`agents`, `models`: shared and read only); what it costs is `prices`'."""
 
     def __init__(
-        self, ledger: Ledger, agents: Mapping[AgentId, Agent], models: Mapping[ModelId, Model], pools: Mapping[PoolId, Pool]
+        self,
+        ledger: Ledger,
+        agents: Mapping[AgentId, Agent],
+        models: Mapping[ModelId, Model],
+        pools: Mapping[PoolId, Pool],
+        *,
+        home_bytes: int = 0,
+        link_bytes_per_s: float = 1.0,
     ) -> None:
         self.ledger = ledger
         self._agents, self._models, self._pools = agents, models, pools
@@ -38,30 +48,11 @@ class Books:
         self._promised: Promise | None = None
         #: the most that can be held at all, whatever may be booked
         self.physical_bytes = ledger.cap_bytes
-        #: what contexts really took, by model and parameters; replaces the estimate from then on
-        self._measured: dict[tuple[ModelId, ContextSpec], int] = {}
-        #: other tasks' reservations, and the process that each dies with
-        self.external: dict[ReservationId, OwnerId | None] = {}
+        self.homes = Homes(home_bytes, link_bytes_per_s=link_bytes_per_s)
+        self.prices = Prices(ledger, models, self.homes)
+        self.external = External(ledger)
 
-    # --- prices and the promise ---------------------------------------------------------------------------------------
-
-    def ladder(self, spec: AgentSpec) -> list[Rung]:
-        """The sizes of a newcomer's pools at what they cost: measured where one like it ever was, else estimated."""
-        return [self._priced(spec, rung) for rung in spec.ladder]
-
-    def _priced(self, spec: AgentSpec, rung: Rung) -> Rung:
-        def price(slots: int, estimated: int) -> int:
-            context = replace(spec.context, window=rung.window, slots=slots)
-            return self._measured.get((spec.model.id, context), estimated)
-
-        return Rung(rung.window, price(1, rung.context_bytes), tuple((n, price(n, bytes)) for n, bytes in rung.wider))
-
-    def weights_bytes(self, plan: ModelPlan) -> int:
-        """As booked, else as measured the last time, else as estimated."""
-        model = self._models.get(plan.id)
-        if model is not None and model.reservation is not None:
-            return self.ledger.size(model.reservation)
-        return plan.weights_bytes if model is None or model.measured_bytes is None else model.measured_bytes
+    # --- the promise --------------------------------------------------------------------------------------------------
 
     def promise(self) -> Promise:
         """What the agents were promised. Kept until `_forget_promise`: a turn among a thousand agents asks for it often."""
@@ -70,17 +61,11 @@ class Books:
         return self._promised
 
     def _promise_anew(self) -> Promise:
-        weights = {id: self.weights_bytes(model.plan) for id, model in self._models.items()}
-        return admission.promise(agent.tenant(weights[agent.model_id]) for agent in self._agents.values())
+        return admission.promise(map(self.prices.tenant, self._agents.values()))
 
     def _forget_promise(self) -> None:
         """An agent came or went, its window in use changed, or what something costs."""
         self._promised = None
-
-    def _newcomer(self, spec: AgentSpec) -> Tenant:
-        ladder = spec.ladder[-1:] if spec.service_class is ServiceClass.GUARANTEED else spec.ladder[:1]
-        rung = self._priced(spec, ladder[0])
-        return Tenant(spec.service_class, spec.model.id, self.weights_bytes(spec.model), rung.context_bytes)
 
     # --- the device ---------------------------------------------------------------------------------------------------
 
@@ -134,12 +119,9 @@ class Books:
         used |= {pool.id for pool in turning if pool.phase is PoolPhase.OPENING}
         idle = [pool.reservation for pool in turning if pool.id not in used]
         held = {pool.model_id for pool in turning if pool.id in used}
-        idle += [
-            model.reservation
-            for id, model in self._models.items()
-            if model.reservation and not model.firm and model.state is not ModelState.LOADING and id not in held and id != kept
-        ]
-        return sum(map(self.ledger.size, idle))
+        loose = [model for id, model in self._models.items() if not model.firm and id not in held and id != kept]
+        weights = (self.prices.held_bytes(model) for model in loose if model.state is not ModelState.LOADING)
+        return sum(map(self.ledger.size, idle)) + sum(weights)
 
     @property
     def evictable_bytes(self) -> int:
@@ -177,24 +159,28 @@ class Books:
 
     def decide(self, spec: AgentSpec, *, room: Room | None = None) -> Decision:
         """Decide on a newcomer; in another `room` than there is, if given."""
-        newcomer, model, promised = self._newcomer(spec), self._models.get(spec.model.id), self.promise()
+        newcomer, model, promised = self.prices.newcomer(spec), self._models.get(spec.model.id), self.promise()
         before = promised
         if model is not None and model.firm and model.plan.id not in promised.weights:  # its users left while it is loaded
-            before = replace(promised, weights={**promised.weights, model.plan.id: newcomer.weights_bytes})
+            before = replace(promised, weights={**promised.weights, model.plan.id: self.prices.weights_bytes(model.plan)})
         becomes_firm = model is not None and not model.firm and spec.service_class is not ServiceClass.BEST_EFFORT
-        moved = self.ledger.size(model.reservation) if becomes_firm and model is not None and model.reservation else 0
-        return admission.decide(
+        streams = becomes_firm and model is not None and model.streams
+        moved = self.prices.held_bytes(model) if becomes_firm and model is not None and not streams else 0
+        decision = admission.decide(
             room or self.room(),
             before=before,
             after=promised.plus(newcomer),
             alone=Promise().plus(newcomer),
             moved_bytes=moved,
         )
+        if streams and decision.outcome is Outcome.FIT:  # once that part of the weights has left
+            return replace(decision, outcome=Outcome.EVICT)
+        return decision
 
     def admit(self, agent: Agent, model: Model) -> None:
         """Book an admission that was decided to FIT. `agent` and `model` are in the records already."""
         if self._promised is not None:
-            self._promised = self._promised.plus(agent.tenant(self.weights_bytes(model.plan)))
+            self._promised = self._promised.plus(self.prices.tenant(agent))
         if agent.service_class is not ServiceClass.BEST_EFFORT and not model.firm:
             self._make_firm(model)
         self._loosen(model)
@@ -241,32 +227,55 @@ class Books:
         model.firm = True
         if model.reservation is None:
             self._make_way()
-            model.reservation = self.ledger.reserve(model.plan.key, Kind.WEIGHTS, self.weights_bytes(model.plan))
+            model.reservation = self.ledger.reserve(model.plan.key, Kind.WEIGHTS, self.prices.weights_bytes(model.plan))
         else:
             self.ledger.detach(model.reservation)
 
     def _loosen(self, model: Model) -> None:
         """Where only best-effort agents use a model, its weights may leave the device while they are idle."""
         users = {agent.service_class for agent in self._agents.values() if agent.model_id == model.plan.id}
-        if model.firm and users == {ServiceClass.BEST_EFFORT}:
+        if users != {ServiceClass.BEST_EFFORT}:
+            return
+        if self.homes.settle(model):
+            self._forget_promise()
+        if model.firm:
             model.firm = False
             if model.reservation is not None:
                 self.ledger.attach(model.reservation, self._headroom)
 
-    def take_weights(self, model: Model) -> None:
+    def take_weights(self, model: Model, placement: Placement | None) -> None:
         """Hand a model that is not firm its bytes out of the room for turns, which grows if it must. Raises OverCap."""
-        bytes = self.weights_bytes(model.plan)
+        offer = next((offer for offer in model.offers if offer.placement == placement), None)
+        blocks = model.plan.blocks
+        ring = ring_bytes(blocks, placement) if blocks is not None and placement is not None else 0
+        bytes = offer.bytes if offer else self.prices.weights_bytes(model.plan)
         self._provide(bytes)
-        model.reservation = self.ledger.split(self._headroom, model.plan.key, Kind.WEIGHTS, bytes)
+        model.placement = placement
+        model.reservation = self.ledger.split(self._headroom, model.plan.key, Kind.WEIGHTS, bytes - ring)
+        model.ring = self.ledger.split(self._headroom, model.plan.key, Kind.RING, ring) if ring else None
+
+    def stay_whole(self, model: Model) -> None:
+        """It turned out that its weights do not move. Raises OverCap, unchanged, if the promise does not fit with all of them."""
+        fitted, offered = self._promise_fits(), model.offers
+        model.offers = ()
+        self._forget_promise()
+        if self._promise_is_broken(fitted):
+            model.offers = offered
+            self._forget_promise()
+            raise OverCap(self.prices.held_bytes(model) - offered[0].bytes, self.ledger.free_bytes)
+        self.homes.leave(model)
+        model.placement = None
 
     def correct_weights(self, model: Model, measured: int) -> None:
         """Book what the weights really took. Raises OverCap, unchanged, if the promise does not fit beside them."""
         fitted = self._promise_fits()
+        measured -= self.ledger.size(model.ring) if model.ring else 0
         before = self._resize_weights(model, measured)
         if self._promise_is_broken(fitted):
             self._resize_weights(model, before)
             raise OverCap(measured - before, self.ledger.free_bytes)
-        model.measured_bytes = measured
+        if not model.streams:
+            model.measured_bytes = measured
         self.keep_promise()
 
     def _resize_weights(self, model: Model, bytes: int) -> int:
@@ -297,7 +306,9 @@ class Books:
         if model.reservation is None:
             raise InternalError(f"weights of {model.plan.key} released twice")
         (self.ledger.release if model.firm else self.ledger.join)(model.reservation)
-        model.reservation, model.firm = None, False
+        if model.ring is not None:
+            self.ledger.join(model.ring)
+        model.reservation, model.ring, model.placement, model.firm = None, None, None, False
         self._forget_promise()
 
     # --- pools --------------------------------------------------------------------------------------------------------
@@ -358,30 +369,15 @@ class Books:
         return (self.ledger.size(agent.guarantee) if agent.guarantee else 0) + (self.ledger.size(pool.reservation) if pool else 0)
 
     def _reprice(self, key: tuple[ModelId, ContextSpec], bytes: int) -> None:
-        """For everybody whose pool has the same model and parameters, now and later; not for what is guaranteed already."""
-        self._measured[key] = bytes
+        self.prices.reprice(key, bytes, self._agents.values())
         self._forget_promise()
-        for agent in self._agents.values():
-            if agent.model_id == key[0] and agent.guarantee is None:
-                agent.ladder = self.ladder(agent.spec)
-
-    # --- other tasks' bytes -----------------------------------------------------------------------------------------
-
-    def reserve(self, holder: str, bytes: int, owner: OwnerId | None) -> ReservationId:
-        """Book bytes for somebody who is no agent. Raises OverCap."""
-        id = self.ledger.reserve(holder, Kind.EXTERNAL, bytes)
-        self.external[id] = owner
-        return id
-
-    def release(self, id: ReservationId) -> int:
-        del self.external[id]
-        return self.ledger.release(id)
 
     # --- invariants -------------------------------------------------------------------------------------------------
 
     def check(self) -> None:
         """Raise InternalError unless every booked byte is accounted for by overhead, models, promises or an outsider."""
         self.ledger.check()
+        self.homes.check(self._models.values())
         if self.promise() != self._promise_anew():
             raise InternalError("the promise changed, and was not looked at again")
         room = self._turn_room_bytes

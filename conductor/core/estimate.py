@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from conductor.core.streaming import Blocks
 from conductor.types import ContextSpec, DeviceKind, ModelId, ModelKey, Record
 
 #: On the compute estimate. Measured with llama-cpp-python 0.3.36 on the CPU: dry runs of random geometries (n_ff 2 to 8 times
@@ -89,6 +90,8 @@ class ModelPlan:
     device: DeviceKind  #: what the bytes are counted for
     weights_bytes: int
     geometry: Geometry
+    #: what of its weights moves together; None if they cannot move
+    blocks: Blocks | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,18 +63,21 @@ class RegisterAbandoned:
 @dataclass(frozen=True, slots=True)
 class ModelLoaded:
     model_id: ModelId
-    weights_bytes: int  #: measured
+    weights_bytes: int  #: measured, with the ring that layers stream through
+    at_home: bool = False  #: they are in host memory too
 
 
 @dataclass(frozen=True, slots=True)
 class ModelLoadFailed:
     model_id: ModelId
     error: ConductorError
+    at_home: bool = False  #: its weights are in host memory all the same
 
 
 @dataclass(frozen=True, slots=True)
 class ModelUnloaded:
     model_id: ModelId
+    step_s: float | None = None  #: what a step's computation took while layers streamed; None if none did
 
 
 @dataclass(frozen=True, slots=True)

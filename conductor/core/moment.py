@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from conductor.core.events import TurnId
+from conductor.core.placing import Offer
 from conductor.core.pools import PoolPhase
 from conductor.core.sessions import Phase
+from conductor.core.streaming import Placement
 from conductor.types import AgentId, ModelId, ModelState, PoolId
 
 #: (priority, negative; tokens served): the smaller goes first
@@ -69,13 +71,28 @@ class Prospect:
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """A model in the picture. `bytes`: booked, or what it will take; only those of loose ones are in the room for turns."""
+    """A model in the picture. `bytes`: booked, or what it will take whole; only those of loose ones are in the room for turns."""
 
     model_id: ModelId
     state: ModelState
     bytes: int
     firm: bool = True
     last_turn: int = 0
+    offers: tuple[Offer, ...] = ()  #: how much of it the device may have, the least first; none: all of it or nothing
+    placement: Placement | None = None  #: that it has, of those
+    step_s: float = 0.0  #: a step's computation
+
+    @property
+    def least_bytes(self) -> int:
+        return self.offers[0].bytes if self.offers else self.bytes
+
+    @property
+    def offer(self) -> Offer | None:
+        """The one that it has; loaded from its file, before it had a home, all of it."""
+        if not self.offers or self.state is not ModelState.RESIDENT:
+            return None
+        found = next((offer for offer in self.offers if offer.placement == self.placement), None)
+        return found or Offer(self.offers[-1].placement, self.bytes, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +136,7 @@ class Drain:
 @dataclass(frozen=True, slots=True)
 class Load:
     model_id: ModelId
+    placement: Placement | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -66,7 +66,8 @@ class Refusals:
     def never_grows(self, agent: Agent, tokens: int) -> bool:
         """Whether the agent's window could not become so large even if everybody else left."""
         room = self._books.room()
-        alone = agent.ladder[agent.rung_for(tokens)].context_bytes + self._books.weights_bytes(agent.spec.model)
+        larger = replace(self._books.prices.tenant(agent), context_bytes=agent.ladder[agent.rung_for(tokens)].context_bytes)
+        alone = larger.context_bytes + larger.weights_bytes
         return room.fixed_bytes + alone > room.best_cap_bytes
 
     def _fits(self, spec: AgentSpec) -> bool:

@@ -52,14 +52,15 @@ class Roster:
         stayed, model.leavers = [actions.AnswerUnregister(leaver) for leaver in model.leavers], []  # for the newcomer
         lazy = spec.service_class is ServiceClass.BEST_EFFORT
         loads = model.state is ModelState.PARKED and not lazy
-        agent = Agent(spec, event.request_id, decision.requested_bytes, self._books.ladder(spec), loads, idle_since=at)
+        agent = Agent(spec, event.request_id, decision.requested_bytes, self._books.prices.ladder(spec), loads, idle_since=at)
         if agent.guaranteed:
             agent.rung = len(agent.ladder) - 1
         self._agents[spec.id] = agent
         self._books.admit(agent, model)
         if loads:
             model.become("load")
-            return [*stayed, actions.LoadModel(spec.model)]
+            model.placement = model.offers[-1].placement if model.at_home else None
+            return [*stayed, actions.LoadModel(spec.model, model.placement)]
         return [*stayed, *(self._settle_in(agent, at) if lazy or model.state is ModelState.RESIDENT else [])]
 
     def _settle_in(self, agent: Agent, at: float) -> list[actions.Action]:
@@ -67,7 +68,7 @@ class Roster:
         if agent.guaranteed and agent.seat is None:
             return [self._seating.open_own(agent)]
         agent.stage, agent.idle_since = Stage.ADMITTED, at
-        weights = self._books.weights_bytes(agent.spec.model)
+        weights = self._books.prices.weights_bytes(agent.spec.model)
         return [
             actions.Admit(agent.registration, agent.spec, weights, agent.context_bytes, agent.charged_bytes, agent.loads_model)
         ]
@@ -77,9 +78,12 @@ class Roster:
     def on_model_loaded(self, event: events.ModelLoaded, at: float) -> list[actions.Action]:
         model = self._models[event.model_id]
         model.become("loaded")
-        estimated = model.plan.weights_bytes
+        estimated = self._books.prices.held_bytes(model)
         model.estimate_error = (event.weights_bytes - estimated) / estimated if estimated else 0.0
+        model.at_home = event.at_home
         try:
+            if model.placement is not None and not event.at_home:
+                self._books.stay_whole(model)
             self._books.correct_weights(model, event.weights_bytes)
         except OverCap as excess:
             refused = self._refusals.of_bytes(RefusalCode.CAP, excess.requested_bytes, at)
@@ -93,6 +97,7 @@ class Roster:
     def on_model_load_failed(self, event: events.ModelLoadFailed, at: float) -> list[actions.Action]:
         model = self._models[event.model_id]
         model.become("load failed")
+        model.at_home = event.at_home
         self._books.release_weights(model)
         todo = self._send_off(event.model_id, event.error)
         return todo + self._forget_model(model)
@@ -105,22 +110,30 @@ class Roster:
         return todo
 
     def _unload(self, model: Model) -> list[actions.Action]:
+        """Nobody uses it any more."""
         model.become("unload")
+        model.at_home = False
         return [actions.UnloadModel(model.plan.id)]
 
     def on_model_unloaded(self, event: events.ModelUnloaded, at: float) -> list[actions.Action]:
         model = self._models[event.model_id]
         model.become("unloaded")
-        self._books.release_weights(model)
+        model.step_s = event.step_s or model.step_s
+        if model.reservation is not None:
+            self._books.release_weights(model)
         return self._forget_model(model)
 
     def _forget_model(self, model: Model) -> list[actions.Action]:
-        """A parked model that nobody uses any more is forgotten."""
+        """A parked model that nobody uses any more is forgotten, once its home is free."""
         self._books.keep_promise()
         if model.state is not ModelState.PARKED or self.agents_of(model.plan.id):
             return []
-        if self._models.pop(model.plan.id, None) is None:
+        if self._models.get(model.plan.id) is not model:
             return []
+        if model.at_home:
+            return self._unload(model)
+        self._books.homes.leave(model)
+        del self._models[model.plan.id]
         return [actions.AnswerUnregister(leaver) for leaver in model.leavers]
 
     # --- pools of guaranteed agents, which are made before they are admitted --------------------------------------------
@@ -221,8 +234,13 @@ class Roster:
         used = {agent.model_id for agent in self._agents.values()}
         firm = {agent.model_id for agent in self._agents.values() if agent.service_class is not ServiceClass.BEST_EFFORT}
         for id, model in self._models.items():
-            if (model.state is ModelState.PARKED) != (model.reservation is None):
+            leaves_home = model.state is ModelState.UNLOADING and not model.at_home and id not in used
+            if (model.state is ModelState.PARKED) != (model.reservation is None) and not leaves_home:
                 raise InternalError(f"the weights of {model.plan.key} are {model.state.value}, and booked otherwise")
+            if model.placement is not None and (model.reservation is None or model.home is None):
+                raise InternalError(f"a part of {model.plan.key} is on the device, and not booked, or without a home")
+            if model.firm and model.streams:
+                raise InternalError(f"the weights of {model.plan.key} are promised to stay, and stream")
             if model.state in (ModelState.PARKED, ModelState.RESIDENT) and id not in used:
                 raise InternalError("a model that nobody uses")
             if id in firm and not model.firm:

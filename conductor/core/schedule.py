@@ -50,7 +50,7 @@ class Schedule:
                 self._rotation.grow(turn)
         held_back = held_back_bytes + self._loose_bytes(kept_model)
         picture = self._picture(at, self._books.turn_limit_bytes(held_back_bytes=held_back), kept_model=kept_model)
-        steps = turns.plan_turns([self._waiting(turn, at) for turn in waiting], picture)
+        steps = turns.plan_turns([self._waiting(turn, at, kept_model) for turn in waiting], picture)
         todo = [action for step in steps for action in self._take(step, at)] + self._drain_on()
         failed = self._fail_expired(at)  # whoever waits behind them has not been planned for
         again = self.plan(at, held_back_bytes=held_back_bytes, kept_model=kept_model) if failed else []
@@ -77,6 +77,11 @@ class Schedule:
         steps = turns.plan_eviction(picture, bytes=bytes, last=wanted, busy_too=busy_too)
         return [action for step in steps for action in self._take(step, at)] + self._drain_on()
 
+    def send_away(self, model_id: ModelId, at: float) -> list[actions.Action]:
+        """All pools over a model and then its weights, whoever's turn it is: they come back whole."""
+        steps = turns.plan_parking(self._picture(at, 0), model_id)
+        return [action for step in steps for action in self._take(step, at)] + self._drain_on()
+
     def _drain_on(self) -> list[actions.Action]:
         todo, running = self._seating.carry_on()
         own = {turn.agent_id: turn for turn in self._rotation.running()}
@@ -100,14 +105,15 @@ class Schedule:
             case moment.Drain(pool, for_turn):
                 self._seating.drain(self._pools[pool], for_turn)
                 return []
-            case moment.Load(model_id):
+            case moment.Load(model_id, placement):
                 model = self._models[model_id]
-                self._books.take_weights(model)
+                self._books.take_weights(model, placement)
                 model.become("load")
-                return [actions.LoadModel(model.plan)]
+                model.at_home |= placement is not None
+                return [actions.LoadModel(model.plan, placement)]
             case moment.Park(model_id):
                 self._models[model_id].become("unload")
-                return [actions.UnloadModel(model_id)]
+                return [actions.UnloadModel(model_id, keep_home=self._models[model_id].at_home)]
 
     def _fail_expired(self, at: float) -> list[actions.Action]:
         for turn in self._rotation.waiting():
@@ -122,7 +128,7 @@ class Schedule:
 
     def _fits(self, agent: Agent) -> bool:
         """Whether the agent's pool could be made if all others left: strangers may have taken its room."""
-        weights = 0 if self._models[agent.model_id].firm else self._books.weights_bytes(agent.spec.model)
+        weights = 0 if self._models[agent.model_id].firm else self._books.prices.least_bytes(agent.spec.model)
         return agent.context_bytes + weights <= self._books.turn_limit_bytes()
 
     def _is_under_way(self, turn: Turn) -> bool:
@@ -161,8 +167,9 @@ class Schedule:
 
     # --- the picture --------------------------------------------------------------------------------------------------
 
-    def _waiting(self, turn: Turn, at: float) -> moment.WaitingTurn:
+    def _waiting(self, turn: Turn, at: float, kept_model: ModelId | None) -> moment.WaitingTurn:
         agent = self._agents[turn.agent_id]
+        comes_whole = agent.model_id == kept_model and self._models[kept_model].at_home and not self._models[kept_model].placement
         return moment.WaitingTurn(
             id=turn.id,
             agent_id=agent.id,
@@ -172,7 +179,7 @@ class Schedule:
             window=agent.window_in_use,
             tokens=self._tokens(turn),
             rank=self._rotation.rank(turn, at),
-            blocked=turn.unbooked or turn.held or turn.fork is not None or agent.in_motion,
+            blocked=turn.unbooked or turn.held or turn.fork is not None or agent.in_motion or comes_whole,
         )
 
     def _tokens(self, turn: Turn) -> int:
@@ -249,12 +256,12 @@ class Schedule:
         """Weights that would have to be loaded into the room for turns."""
         model = self._models[agent.model_id]
         absent = not model.firm and model.state in (ModelState.PARKED, ModelState.UNLOADING)
-        return self._books.weights_bytes(model.plan) if absent else 0
+        return self._books.prices.least_bytes(model.plan) if absent else 0
 
     def _loose_bytes(self, model_id: ModelId | None) -> int:
         """What the model's weights take of the room for turns."""
         model = self._models.get(model_id) if model_id is not None else None
-        return self._books.ledger.size(model.reservation) if model and model.reservation and not model.firm else 0
+        return self._books.prices.held_bytes(model) if model and not model.firm else 0
 
     def _weights(self, idle_since: float | None = None, kept: ModelId | None = None) -> dict[ModelId, moment.Weights]:
         loose: dict[ModelId, list[Agent]] = {id: [] for id, model in self._models.items() if not model.firm}
@@ -265,9 +272,12 @@ class Schedule:
             id: moment.Weights(
                 model_id=id,
                 state=model.state,
-                bytes=self._books.weights_bytes(model.plan),
+                bytes=self._books.prices.held_bytes(model) or self._books.prices.weights_bytes(model.plan),
                 firm=model.firm or id == kept or not all(_rested(agent, idle_since) for agent in loose[id]),
                 last_turn=0 if model.firm else max((agent.last_turn for agent in loose[id]), default=0),
+                offers=() if model.firm else model.offers,
+                placement=model.placement,
+                step_s=self._books.homes.step_s(model),
             )
             for id, model in self._models.items()
         }

@@ -6,7 +6,9 @@ memory, or on disk, before it is asked to go. Does not cover for whom and when (
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Set
+from dataclasses import dataclass
 
 from conductor.core import actions, events
 from conductor.core.books import Books
@@ -17,6 +19,18 @@ from conductor.core.pools import Pool, PoolPhase
 from conductor.core.sessions import Agent, Phase, Seat, Stage, Turn
 from conductor.errors import InternalError
 from conductor.types import AgentId, KvPlace, PoolId
+
+#: After an opening that failed, none with as many slots for so long; twice as long when it fails again then.
+_RETRY_S, _LONGEST_RETRY_S = 60.0, 3600.0
+
+
+@dataclass(slots=True)
+class _Narrowed:
+    """A pool could not be made with more slots than this."""
+
+    slots: int
+    retry_s: float
+    until: float = math.inf  #: more are tried for turns that come later; known when the narrower pool is there
 
 
 class Seating:
@@ -34,8 +48,7 @@ class Seating:
     ) -> None:
         self._agents, self._turns, self._pools = agents, turns, pools
         self._books, self._kv_books, self._wanted = books, kv_books, wanted
-        #: pools that could not be made with more slots than this
-        self._most_slots: dict[PoolId, int] = {}
+        self._narrowed: dict[PoolId, _Narrowed] = {}
 
     def seat(self, agent: Agent) -> Seat:
         if agent.seat is None:
@@ -47,9 +60,11 @@ class Seating:
 
     def shapes(self, agent: Agent) -> tuple[tuple[int, int], ...]:
         """(slots, bytes) of the pools that may be made for it."""
-        most = self._most_slots.get(agent.pool)
         shapes = agent.ladder[agent.rung].shapes
-        return shapes if most is None else tuple(shape for shape in shapes if shape[0] <= most)
+        narrowed = self._narrowed.get(agent.pool)
+        if narrowed is None or any(turn.since >= narrowed.until for turn in self._turns.values()):
+            return shapes
+        return tuple(shape for shape in shapes if shape[0] <= narrowed.slots)
 
     # --- pools ------------------------------------------------------------------------------------------------------
 
@@ -74,6 +89,11 @@ class Seating:
         pool = self._pools[event.pool_id]
         pool.become("opened")
         pool.ready_since = at
+        narrowed = self._narrowed.get(pool.id)
+        if narrowed is not None and pool.context.slots > narrowed.slots:
+            self.forget(pool.id)
+        elif narrowed is not None and narrowed.until == math.inf:
+            narrowed.until = at + narrowed.retry_s
         if event.context_bytes is not None:
             self._books.correct(pool, event.context_bytes)
 
@@ -82,7 +102,11 @@ class Seating:
         self._close(pool, "open failed")
         if pool.context.slots == 1:
             return True
-        self._most_slots[pool.id] = pool.context.slots // 2
+        before = self._narrowed.get(pool.id)
+        retry_s = before.retry_s if before else _RETRY_S
+        if before and before.until < math.inf:
+            retry_s = min(2 * retry_s, _LONGEST_RETRY_S)
+        self._narrowed[pool.id] = _Narrowed(pool.context.slots // 2, retry_s)
         return False
 
     def on_closed(self, event: events.PoolClosed, at: float) -> list[actions.Action]:
@@ -95,8 +119,8 @@ class Seating:
         del self._pools[pool.id]
 
     def forget(self, pool: PoolId) -> None:
-        """Nobody uses it any more."""
-        self._most_slots.pop(pool, None)
+        """What is known of earlier openings."""
+        self._narrowed.pop(pool, None)
 
     def drain(self, pool: Pool, for_turn: TurnId | None) -> None:
         """Nobody sits down or starts in it any more; `carry_on` empties it."""

@@ -39,7 +39,7 @@ from conductor.errors import (
     UnknownAgent,
     UnknownReservation,
 )
-from conductor.types import AgentId, ModelId, ModelState, PoolId, ReservationId
+from conductor.types import AgentId, ModelId, ModelState, PoolId, ReservationId, ServiceClass
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +55,8 @@ class Rules:
     ageing_s: float = 60.0
     idle_shrink_s: float | None = None
     idle_ttl_s: float | None = None
+    home_bytes: int = 0
+    link_bytes_per_s: float = 10e9
 
 
 class State:
@@ -67,7 +69,10 @@ class State:
         self.models: dict[ModelId, Model] = {}
         self.waitlist = Waitlist(limit=rules.waitlist_limit, ageing_s=rules.ageing_s)
         self.pools: dict[PoolId, Pool] = {}
-        self.books = Books(self.ledger, self.agents, self.models, self.pools)
+        self.books = Books(
+            self.ledger, self.agents, self.models, self.pools,
+            home_bytes=rules.home_bytes, link_bytes_per_s=rules.link_bytes_per_s,
+        )  # fmt: skip
         self.kv_books = KvBooks(self.agents, self.models, host_bytes=rules.host_bytes, disk_bytes=rules.disk_bytes)
         self.refusals = Refusals(self.books, idle=self._idle_agents, idle_ttl_s=rules.idle_ttl_s)
         self.rotation = Rotation(
@@ -203,6 +208,8 @@ class State:
                 continue
             if decision.outcome is Outcome.EVICT:
                 kept = event.agent.model.id
+                streamed = model is not None and model.streams and event.agent.service_class is not ServiceClass.BEST_EFFORT
+                todo += self.schedule.send_away(kept, at) if streamed else []
                 return todo + self._clear(decision.firm_bytes, at, kept=kept), decision.firm_bytes, kept
             return todo + self._refuse_the_hasty(at), 0, None
         return todo, 0, None
@@ -305,8 +312,8 @@ class State:
         for reserving in [reserving for reserving in self._reserving if reserving.owner == event.owner]:
             self._reserving.remove(reserving)
             todo.append(actions.FailRequest(reserving.request_id, self.refusals.of_bytes(RefusalCode.CAP, reserving.bytes, at)))
-        for reservation in [id for id, owner in self.books.external.items() if owner == event.owner]:
-            self.books.release(reservation)
+        for reservation in self.books.external.of(event.owner):
+            self.books.external.release(reservation)
         self._reserved = {request: id for request, id in self._reserved.items() if id in self.books.external}
         return todo
 
@@ -325,7 +332,8 @@ class State:
             if max(turn_bytes, room.in_use_bytes) <= left:
                 self._reserving.remove(event)
                 self.books.keep_promise()
-                reservation = self._reserved[event.request_id] = self.books.reserve(event.holder, event.bytes, event.owner)
+                reservation = self.books.external.reserve(event.holder, event.bytes, event.owner)
+                self._reserved[event.request_id] = reservation
                 todo.append(actions.AnswerReserve(event.request_id, reservation))
             elif turn_bytes <= left:
                 todo += self._clear(event.bytes, at)
@@ -340,15 +348,15 @@ class State:
         """Bytes whose id nobody received are given back."""
         self._reserving = [reserving for reserving in self._reserving if reserving.request_id != event.request_id]
         reservation = self._reserved.pop(event.request_id, None)
-        if reservation in self.books.external:
-            self.books.release(reservation)
+        if reservation is not None and reservation in self.books.external:
+            self.books.external.release(reservation)
         return []
 
     def _on_release(self, event: events.ReleaseRequested, at: float) -> list[actions.Action]:
         if event.reservation_id not in self.books.external:
             return [actions.FailRequest(event.request_id, UnknownReservation(event.reservation_id))]
         self._reserved = {request: id for request, id in self._reserved.items() if id != event.reservation_id}
-        return [actions.AnswerRelease(event.request_id, self.books.release(event.reservation_id))]
+        return [actions.AnswerRelease(event.request_id, self.books.external.release(event.reservation_id))]
 
     # --- derived ----------------------------------------------------------------------------------------------------
 

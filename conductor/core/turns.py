@@ -17,6 +17,10 @@ Turns come in order of precedence. For each waiting turn:
    and go one by one would keep it busy for ever;
 10. otherwise wait for turns to end. What was freed so far is kept: nobody behind takes it.
 
+Of weights that have a home in host memory a part is enough (`placing`): (11) what is idle gives way to as much of them as is
+worth having, what is busy only to the least that a turn can do with; (12) once a pool is idle, another part is brought if that
+makes many more tokens: more layers where memory became free, fewer where more agents came.
+
 A pool that others' turns could go on in is not emptied before it has been there for the minimum turn (`settled`): moving
 caches back and forth serves nobody. Guaranteed agents have pools of their own, which are always there: they only ever meet
 rules 1 and 3.
@@ -24,12 +28,11 @@ rules 1 and 3.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
-from conductor.core.events import TurnId
+from conductor.core.clearing import Clearing
 from conductor.core.moment import (
     FIRST,
-    LAST,
     Drain,
     Leave,
     LivePool,
@@ -38,7 +41,6 @@ from conductor.core.moment import (
     Park,
     Pause,
     Picture,
-    Rank,
     Sitter,
     Start,
     Step,
@@ -46,6 +48,7 @@ from conductor.core.moment import (
     WaitingTurn,
     Weights,
 )
+from conductor.core.placing import WORTH_MOVING, Choice, choose, speed_of
 from conductor.core.pools import PoolPhase
 from conductor.core.sessions import Phase
 from conductor.types import AgentId, ModelId, ModelState, PoolId
@@ -75,53 +78,15 @@ def plan_eviction(picture: Picture, *, bytes: int, last: frozenset[AgentId] = fr
     return plan.steps
 
 
-class _Plan:
-    """Seats, places and bytes as the plan is made; a promise to an earlier turn is taken off at once."""
+def plan_parking(picture: Picture, model_id: ModelId) -> list[Step]:
+    """Empty the model's pools, and park its weights once there is none."""
+    pools = [pool for pool in picture.pools.values() if pool.model_id == model_id]
+    if not pools:
+        return [Park(model_id)] if picture.models[model_id].state is ModelState.RESIDENT else []
+    return [Drain(pool.id, None) for pool in pools if pool.phase is PoolPhase.READY]
 
-    def __init__(self, picture: Picture, heads: Sequence[WaitingTurn]) -> None:
-        self.steps: list[Step] = []
-        self._heads, self._models, self._prospects = heads, picture.models, picture.prospects
-        self._room_bytes, self._live_contexts = picture.room_bytes, picture.live_contexts
-        self._own = {sitter.agent_id: sitter for sitter in picture.sitters}
-        self._pools = {id: pool for id, pool in picture.pools.items() if not pool.guaranteed}
-        self._guaranteed = picture.pools.keys() - self._pools.keys()
-        self._sitters: dict[PoolId, list[Sitter]] = {id: [] for id in self._pools}
-        for sitter in picture.sitters:
-            if sitter.pool in self._pools:
-                self._sitters[sitter.pool].append(sitter)
-        going = [pool for pool in self._pools.values() if pool.phase in (PoolPhase.DRAINING, PoolPhase.CLOSING)]
-        loose = [w for w in picture.models.values() if not w.firm and w.state is not ModelState.PARKED]
-        self.coming_bytes = sum(pool.bytes for pool in going)
-        self.coming_bytes += sum(w.bytes for w in loose if w.state is ModelState.UNLOADING)
-        self.free_bytes = self._room_bytes - sum(pool.bytes for pool in self._pools.values()) - sum(w.bytes for w in loose)
-        self._free_places, self._coming_places = picture.live_contexts - len(self._pools), len(going)
-        self._gone = {pool.id for pool in going}
-        self._claimed: set[PoolId] = set()
-        #: models whose weights an earlier turn's pool needs: they are there, on their way, or have their room kept
-        self._fetched: set[ModelId] = set()
-        #: pools in which somebody sits down
-        self._taken = {sitter.pool for sitter in picture.sitters if sitter.phase is Phase.TAKING}
-        #: pools in which somebody starts or has been given a seat in this plan
-        self._expecting: set[PoolId] = set()
-        #: pools that an earlier turn will have emptied once those who run there ran their minimum
-        self._awaited: set[PoolId] = set()
-        #: READY seats whose agents did not start in this plan
-        self._idle = {sitter.agent_id: sitter for sitter in picture.sitters if self._is_idle(sitter)}
-        self._free_seats = {id: pool.slots - len(self._sitters[id]) for id, pool in self._pools.items()}
-        self._coming_seats = {id: sum(map(_goes, sitters)) for id, sitters in self._sitters.items()}
-        #: pools in which a turn runs or is about to
-        self._in_use = {
-            id for id, sitters in self._sitters.items() if any(s.phase in (Phase.BUSY, Phase.TAKING) for s in sitters)
-        } | {id for id, pool in self._pools.items() if pool.phase is PoolPhase.OPENING}
-        over_loose = {pool.model_id for pool in self._pools.values()}
-        resident = {w.model_id: w for w in loose if w.state is ModelState.RESIDENT}
-        self._idle_weights = {id: w for id, w in resident.items() if id not in over_loose}
-        #: weights that will be idle once the pools above them are gone
-        self._under_pools = {id: w for id, w in resident.items() if id in over_loose}
 
-    def _is_idle(self, sitter: Sitter) -> bool:
-        return sitter.phase is Phase.READY and sitter.pool in self._pools and sitter.pool not in self._gone
-
+class _Plan(Clearing):
     # --- a turn -------------------------------------------------------------------------------------------------------
 
     def serve(self, turn: WaitingTurn) -> None:
@@ -141,6 +106,9 @@ class _Plan:
             return
         elif pool.phase is PoolPhase.READY and pool.window < turn.tokens:  # (2)
             self._rebuild(pool, turn)
+        elif pool.phase is PoolPhase.READY and self._may_replace(pool, turn):  # (12)
+            self.drain(pool, turn.id)
+            self._make_pool(turn, comes=True)
         elif own is not None:  # (1)
             del self._idle[own.agent_id]
             self._expect(pool)
@@ -157,7 +125,7 @@ class _Plan:
         elif self._coming_seats[pool.id] > 0:
             self._coming_seats[pool.id] -= 1
         elif self._may_widen(pool, turn):
-            self._drain(pool, turn.id)
+            self.drain(pool, turn.id)
             self._make_pool(turn, comes=True)
             return
         elif idle:
@@ -199,7 +167,7 @@ class _Plan:
             self._awaited |= {pool.id} if self._may_rebuild(pool, turn, soon=True) else set()
             return
         self._under_pools.pop(pool.model_id, None)  # its weights stay
-        self._drain(pool, turn.id)
+        self.drain(pool, turn.id)
         self._make_pool(turn, comes=True)
 
     def _may_rebuild(self, pool: LivePool, turn: WaitingTurn, *, soon: bool = False) -> bool:
@@ -214,35 +182,100 @@ class _Plan:
 
     def _alone_too_large(self, turn: WaitingTurn) -> bool:
         model = self._models[turn.model_id]
-        return turn.shapes[0][1] + (0 if model.firm else model.bytes) > self._room_bytes
+        return turn.shapes[0][1] + (0 if model.firm else model.least_bytes) > self._room_bytes
 
     def _make_pool(self, turn: WaitingTurn, *, comes: bool) -> None:
         """Load, open, or see to it that there will be room. `comes`: the pool's place is being cleared already."""
         if turn.pool in self._claimed or self._alone_too_large(turn):  # (5)
             return
+        model = self._models[turn.model_id]
         self._claimed.add(turn.pool)
-        model, needed = self._models[turn.model_id], self._needs(turn)
         self._idle_weights.pop(turn.model_id, None)
         self._under_pools.pop(turn.model_id, None)
         if comes:
             self._coming_places -= 1
         is_first = turn.model_id not in self._fetched  # of those that the model's weights are loaded for, if they must be
+        if is_first and self._should_move(turn, model):  # (12)
+            self.park(turn.model_id)
+        needed = self._needs(turn)
         self._fetched.add(turn.model_id)
         has_place = not comes and self._find_place(turn)
         has_bytes = needed <= self.free_bytes
         if not has_bytes:  # (8), (9)
-            self._clear(needed - self.free_bytes - self.coming_bytes, turn)
+            self.clear(needed - self.free_bytes - self.coming_bytes, turn)
         self.free_bytes -= needed  # (6), (10)
         if has_bytes and model.state is ModelState.PARKED and is_first:  # (7)
-            self.steps.append(Load(turn.model_id))
-        elif has_bytes and has_place and model.state is ModelState.RESIDENT:  # (7)
+            self._load(turn, model, needed)
+        elif has_bytes and has_place and model.state is ModelState.RESIDENT and turn.model_id not in self._parked:  # (7)
             self._open(turn)
 
     def _needs(self, turn: WaitingTurn) -> int:
         """Bytes of the room for turns that the turn will take, beyond what its model has of it already."""
-        model = self._models[turn.model_id]
-        absent = model.state in (ModelState.PARKED, ModelState.UNLOADING) and turn.model_id not in self._fetched
-        return turn.shapes[0][1] + (model.bytes if absent else 0)
+        model, pool_bytes = self._models[turn.model_id], turn.shapes[0][1]
+        leaves = model.state in (ModelState.PARKED, ModelState.UNLOADING) or turn.model_id in self._parked
+        absent = leaves and turn.model_id not in self._fetched
+        if not absent:
+            return pool_bytes
+        if model.offers:  # (11)
+            wanted = self._wanted(turn, model, self._room_bytes)
+            self.evict(wanted - self.free_bytes - self.coming_bytes, for_turn=turn.id)
+        return self._wanted(turn, model, self.free_bytes + self.coming_bytes)
+
+    # --- how much of the weights ----------------------------------------------------------------------------------------
+
+    def _best(self, turn: WaitingTurn, model: Weights, budget_bytes: int) -> Choice | None:
+        """Of weights that have a home, the part to be had with the turn's pool; None of others, and if no part fits."""
+        agents = self._agents_of(turn.pool)
+        return choose(model.offers, _prices(turn), budget_bytes=budget_bytes, agents=agents, step_s=model.step_s)
+
+    def _agents_of(self, pool: PoolId) -> int:
+        """Those who want to decode there now."""
+        waiting = sum(other.pool == pool for other in self._heads)
+        return waiting + sum(sitter.phase is Phase.BUSY for sitter in self._sitters.get(pool, ()))
+
+    def _wanted(self, turn: WaitingTurn, model: Weights, free_bytes: int) -> int:
+        """What a pool for the turn and its model's weights together take: no more than is free, if that will do."""
+        pool_bytes = turn.shapes[0][1]
+        alone = self._best(turn, model, self._room_bytes)
+        wanted = alone.offer.bytes if alone else model.least_bytes
+        return max(pool_bytes + model.least_bytes, min(pool_bytes + wanted, free_bytes))
+
+    def _best_of(self, turn: WaitingTurn, model: Weights, free_bytes: int) -> Choice | None:
+        """Of what is free, and idle memory beyond what others may ask for."""
+        kept = self._wanted(turn, model, free_bytes)
+        return self._best(turn, model, kept + max(0, free_bytes - kept - self._kept_for_others(turn.pool)))
+
+    def _load(self, turn: WaitingTurn, model: Weights, kept_bytes: int) -> None:
+        """(7) `kept_bytes` are kept for the turn. Of weights that have a home, what those and idle memory are best for."""
+        best = self._best_of(turn, model, kept_bytes + self.free_bytes)
+        if best is not None:
+            self.free_bytes += kept_bytes - best.offer.bytes - dict(_prices(turn))[best.slots]
+        self.steps.append(Load(turn.model_id, best.offer.placement if best else None))
+
+    def _may_replace(self, pool: LivePool, turn: WaitingTurn) -> bool:
+        """Whether another part of the weights, with another pool, is worth its coming, and the pool may be emptied for that."""
+        model, agents = self._models[turn.model_id], self._agents_of(pool.id)
+        offer = model.offer
+        if model.firm or offer is None or (not offer.placement.streams and pool.slots >= agents):
+            return False
+        best = self._best_of(turn, model, self.free_bytes + pool.bytes + model.bytes)
+        now = speed_of(offer, slots=pool.slots, agents=agents, step_s=model.step_s)
+        gains = best is not None and best.offer != offer and best.tokens_per_s >= WORTH_MOVING * now
+        return gains and self._may_rebuild(pool, turn)
+
+    def _should_move(self, turn: WaitingTurn, model: Weights) -> bool:
+        """Whether weights that no pool is over are worth being brought in another part than they are."""
+        over = any(pool.model_id == turn.model_id for pool in self._pools.values())
+        offer, free = model.offer, self.free_bytes + model.bytes
+        if model.firm or offer is None or over or model.state is not ModelState.RESIDENT or turn.model_id in self._parked:
+            return False
+        best = self._best_of(turn, model, free)
+        agents = self._agents_of(turn.pool)
+        now = choose([offer], _prices(turn), budget_bytes=free, agents=agents, step_s=model.step_s)
+        gains = best is not None and best.tokens_per_s >= WORTH_MOVING * (now.tokens_per_s if now else 0)
+        return gains and best is not None and best.offer != offer
+
+    # --- seats of a pool --------------------------------------------------------------------------------------------------
 
     def _open(self, turn: WaitingTurn) -> None:
         """With the shape that serves most of those who wait for this pool; seats beyond that as far as memory is idle."""
@@ -277,7 +310,7 @@ class _Plan:
         if self._coming_places > 0:  # (8)
             self._coming_places -= 1
         elif pool := self._first_to_go(turn):  # (9)
-            self._drain(pool, turn.id)
+            self.drain(pool, turn.id)
             self._coming_places -= 1
         else:
             self._awaited |= {it.id for it in self.busy_pools(below=turn.rank, soon=True)[:1]}
@@ -289,109 +322,7 @@ class _Plan:
             return min(idle, key=self._pool_gives_way)
         return next(iter(self.busy_pools(below=turn.rank)), None)
 
-    # --- what leaves --------------------------------------------------------------------------------------------------
 
-    def _clear(self, bytes: int, turn: WaitingTurn) -> None:
-        """(9) What is idle, and if that is not enough, what is busy with turns of lower rank, if that is."""
-        missing = self.evict(bytes, for_turn=turn.id)
-        if missing > 0:
-            lower, soon = (self.busy_pools(below=turn.rank, soon=soon) for soon in (False, True))
-            if sum(map(self._brings, lower)) >= missing:
-                self.displace(missing, lower, for_turn=turn.id)
-            elif sum(map(self._brings, soon)) >= missing:
-                self._awaited |= {pool.id for pool in soon}
-
-    def evict(self, bytes: int, *, for_turn: TurnId | None, last: frozenset[AgentId] = frozenset()) -> int:
-        """Empty and park what is idle, no more than brings `bytes`; pools of `last` only if need be. Returns what is missing."""
-        bytes -= self._weights_to_come(bytes)
-        idle: list[LivePool | Weights] = [*self._idle_pools(), *self._idle_weights.values()]
-        idle.sort(key=lambda it: (isinstance(it, LivePool) and self._is_of(it, last), *self._idle_gives_way(it)))
-        for it in idle:
-            if bytes <= 0:
-                break
-            if isinstance(it, LivePool):
-                bytes -= self._drain(it, for_turn)
-            else:
-                bytes -= it.bytes
-                del self._idle_weights[it.model_id]
-                self.steps.append(Park(it.model_id))
-                self.coming_bytes += it.bytes
-        return bytes
-
-    def displace(self, bytes: int, pools: Iterable[LivePool], *, for_turn: TurnId | None) -> None:
-        for pool in pools:
-            if bytes <= 0:
-                return
-            bytes -= self._drain(pool, for_turn)
-
-    def _drain(self, pool: LivePool, for_turn: TurnId | None) -> int:
-        """Returns what that will bring."""
-        brings = self._brings(pool)
-        if brings > pool.bytes:
-            del self._under_pools[pool.model_id]
-        self.steps.append(Drain(pool.id, for_turn))
-        self._gone.add(pool.id)
-        for sitter in self._sitters[pool.id]:
-            self._idle.pop(sitter.agent_id, None)
-        self.coming_bytes += brings
-        self._coming_places += 1
-        return brings
-
-    def _brings(self, pool: LivePool) -> int:
-        """Its bytes, and those of weights that will be idle without it: they are parked when it is closed."""
-        weights = self._under_pools.get(pool.model_id)
-        return pool.bytes + (weights.bytes if weights and self._are_gone(pool.model_id, besides=pool.id) else 0)
-
-    def _weights_to_come(self, bytes: int) -> int:
-        """Those under pools that are on their way out, as far as so many bytes need them."""
-        found = 0
-        for weights in [weights for id, weights in self._under_pools.items() if self._are_gone(id)]:
-            if found < bytes:
-                del self._under_pools[weights.model_id]
-                self.coming_bytes += weights.bytes
-                found += weights.bytes
-        return found
-
-    def _are_gone(self, model_id: ModelId, *, besides: PoolId | None = None) -> bool:
-        """Whether all pools of the model are on their way out, `besides` one."""
-        return all(pool.id in self._gone or pool.id == besides for pool in self._pools.values() if pool.model_id == model_id)
-
-    def _idle_pools(self) -> list[LivePool]:
-        """Those in which no turn runs, nor could one go on before they have been there for the minimum turn."""
-        windows = {id: pool.window for id, pool in self._pools.items()}
-        wanted = {turn.pool for turn in self._heads if turn.tokens <= windows.get(turn.pool, 0)}
-        return [
-            pool
-            for id, pool in self._pools.items()
-            if id not in self._in_use and id not in self._gone and id not in self._claimed and (pool.settled or id not in wanted)
-        ]
-
-    def busy_pools(self, *, below: Rank | None = None, soon: bool = False) -> list[LivePool]:
-        """Those whose turns may stand still, or may `soon`, all of them ranking lower than `below` if given; the lowest first."""
-        found: list[tuple[Rank, LivePool]] = []
-        for id, pool in self._pools.items():
-            if id not in self._in_use or id in self._gone or pool.phase is not PoolPhase.READY:
-                continue
-            running = [sitter for sitter in self._sitters[id] if sitter.phase is Phase.BUSY]
-            highest = min((sitter.rank for sitter in running), default=LAST)
-            may = soon or (all(s.may_pause or s.pausing for s in running) and id not in self._taken)
-            may = may and pool.settled and id not in self._expecting
-            if below is None or (may and highest > below):
-                found.append((highest, pool))
-        return [pool for _, pool in sorted(found, key=lambda it: it[0], reverse=True)]
-
-    def _is_of(self, pool: LivePool, agents: frozenset[AgentId]) -> bool:
-        return any(sitter.agent_id in agents for sitter in self._sitters[pool.id])
-
-    def _pool_gives_way(self, pool: LivePool) -> tuple[bool, int]:
-        """Best-effort agents' first, then those used longest ago."""
-        sitters = self._sitters[pool.id]
-        return not all(s.best_effort for s in sitters), max((s.last_turn for s in sitters), default=0)
-
-    def _idle_gives_way(self, idle: LivePool | Weights) -> tuple[bool, int]:
-        """Weights leave only where best-effort agents alone use them."""
-        return self._pool_gives_way(idle) if isinstance(idle, LivePool) else (False, idle.last_turn)
-
-
-def _goes(sitter: Sitter) -> bool:
-    return sitter.phase is Phase.LEAVING or sitter.pausing
+def _prices(turn: WaitingTurn) -> list[tuple[int, int]]:
+    """(slots, bytes) of its pools; room for one slot is kept whatever the others were measured to take."""
+    return [(slots, max(bytes, turn.shapes[0][1])) for slots, bytes in turn.shapes]

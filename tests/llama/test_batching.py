@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from conductor.backend.turn import Paused, TurnEnd, TurnOutcome
-from conductor.types import PoolId
+from conductor.types import Chunk, PoolId
 from tests.support.company import ARCHITECTURES, SPEC, alone, prompt, same
 from tests.support.growing import WITHIN_S, Stage, Talker, all_of
 from tests.support.parrot import write_parrot
@@ -29,6 +29,24 @@ def test_six_agents_at_once_say_what_each_says_alone(together: Callable[..., tup
     turns = [agents[name].begins(agents[name].request(text, max_tokens=60)) for name, text in prompts.items()]
     for name, turn in zip(prompts, all_of(turns), strict=True):
         assert same(stage, agents[name], turn.tokens, expected[name])
+
+
+def test_text_is_made_and_handed_on_while_a_gpu_computes(together: Callable[..., tuple[Stage, PoolId]]) -> None:
+    stage, pool = together()
+    stage.engine._pools[pool].pool.context.works_on = True  # it is waited for, and its rows are searched, as on a GPU
+    prompts = {f"agent {n}": prompt(n) for n in range(6)}
+    expected = alone(stage, prompts, max_tokens=40)
+    agents = {name: stage.sits(name, pool) for name in prompts}
+    chunks: dict[str, list[Chunk]] = {name: [] for name in prompts}
+    turns = [
+        agents[name].begins(agents[name].request(text, max_tokens=40), emit=chunks[name].append if n % 2 else None)
+        for n, (name, text) in enumerate(prompts.items())
+    ]
+    for (name, told), turn in zip(chunks.items(), all_of(turns), strict=True):
+        assert same(stage, agents[name], turn.tokens, expected[name])
+        assert "".join(chunk.text for chunk in told) in ("", turn.text)
+        pieces = map(stage.engine._models[stage.plan.id].model.piece, turn.tokens)
+        assert b"".join(pieces).decode("utf-8", "replace").startswith(turn.text)
 
 
 @pytest.mark.parametrize("seed", [1, 2])

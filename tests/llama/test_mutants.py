@@ -68,7 +68,11 @@ def test_a_file_that_changes_between_its_price_and_its_load_is_refused(trial: Tr
 
 
 @pytest.mark.parametrize(
-    "template", ["{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "{{ 9**(9**9) }}"]
+    "template",
+    [
+        pytest.param("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", marks=pytest.mark.slow),
+        "{{ 9**(9**9) }}",  # holds the interpreter, at its compilation already
+    ],
 )
 def test_a_chat_template_that_never_ends_costs_its_own_turn_only(trial: Trial, anatomy: Anatomy, template: str) -> None:
     endless = anatomy.copy()

@@ -1,10 +1,12 @@
-"""A thousand requests at random: 32 agents on three models, more than there are seats and memory for, and nothing is lost."""
+"""Requests at random by the hundred: 32 agents on three models, more than there are seats and memory for, and nothing is lost."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+
+import pytest
 
 from conductor.gpu_conductor import GpuConductor
 from conductor.types import KvPlace
@@ -15,7 +17,8 @@ from tests.support.tiny_gguf import write_tiny_gguf
 Start = Callable[..., Awaitable[GpuConductor]]
 
 
-async def test_a_thousand_random_requests_are_all_accounted_for_and_everything_comes_to_rest(start: Start) -> None:
+@pytest.mark.parametrize("requests", [300, pytest.param(1000, marks=pytest.mark.slow)])
+async def test_random_requests_are_all_accounted_for_and_everything_comes_to_rest(start: Start, requests: int) -> None:
     conductor = await start(
         SHIPPED,
         live_contexts=None,
@@ -32,11 +35,11 @@ async def test_a_thousand_random_requests_are_all_accounted_for_and_everything_c
         await conductor.register(agent, model, window=512, priority=i % 3, service_class=service_class)
     before = (await conductor.status()).ledger.allocated_bytes
 
-    account = await Storm(conductor, agents, seed=4).rage(1000)
+    account = await Storm(conductor, agents, seed=4).rage(requests)
 
-    assert account.requests == 1000
+    assert account.requests == requests
     assert not [ending for ending in account.endings if ending.startswith("unexpected")], account.endings
-    assert account.clones > 50
+    assert account.clones > requests // 20
     assert account.endings.keys() >= {"length", "timeout", "cancelled", "left", "TurnCancelled"}
     conductor.check()
     status = await conductor.status()

@@ -60,7 +60,7 @@ def shipped_agents() -> dict[str, tuple[str, ...]]:
     return {name: prompts(20, form=form, about=name) for name, form in SHIPPED.items()}
 
 
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.slow)])
 async def test_three_agents_on_three_models_say_in_sixty_interleaved_turns_what_each_says_alone(start: Start, seed: int) -> None:
     conductor = await start(shipped_models(), live_contexts=1)
     agents = shipped_agents()
@@ -80,7 +80,7 @@ async def test_three_agents_on_three_models_say_in_sixty_interleaved_turns_what_
         met.add(agent)
 
 
-@pytest.mark.parametrize("live_contexts", [1, 2, 3])
+@pytest.mark.parametrize("live_contexts", [1, pytest.param(2, marks=pytest.mark.slow), 3])
 async def test_sixty_turns_asked_for_at_once_change_nothing(start: Start, live_contexts: int) -> None:
     conductor = await start(shipped_models(), live_contexts=live_contexts)
     agents = shipped_agents()

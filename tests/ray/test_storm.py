@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import ray
 from ray.exceptions import RayTaskError
 
@@ -22,15 +23,15 @@ from tests.support.conducting import WITHIN_S, Conduct, Conductor
 from tests.support.eventually import eventually
 from tests.support.talk import ENDLESS, SHIPPED
 
-AGENTS, REQUESTS = 4, 50
+AGENTS = 4
 
 
 class Driver:
     """A process that says all sorts of things to its agents at once, and counts how that ends."""
 
-    def __init__(self, conductor: Any, name: str, seed: int) -> None:
+    def __init__(self, conductor: Any, name: str, seed: int, requests: int) -> None:
         self._conductor, self._name, self._chance = conductor, name, random.Random(seed)
-        self._left, self._clones = REQUESTS, 0
+        self._left, self._clones = requests, 0
         self.endings: Counter[str] = Counter()
 
     async def rage(self) -> Counter[str]:
@@ -103,8 +104,8 @@ class Driver:
 
 
 @ray.remote(num_cpus=0, max_retries=0)
-def drive(conductor: Any, name: str, seed: int) -> Counter[str]:
-    return asyncio.run(Driver(conductor, name, seed).rage())
+def drive(conductor: Any, name: str, seed: int, requests: int) -> Counter[str]:
+    return asyncio.run(Driver(conductor, name, seed, requests).rage())
 
 
 @ray.remote(num_cpus=0, max_retries=0)
@@ -119,9 +120,12 @@ def stream_for_ever(conductor: Any, name: str, pid_file: str) -> None:
         os.replace(f"{pid_file}.new", pid_file)
 
 
-def test_all_requests_are_accounted_for_while_others_are_killed_and_nothing_is_left(conduct: Conduct, tmp_path: Path) -> None:
+@pytest.mark.parametrize("requests", [25, pytest.param(50, marks=pytest.mark.slow)])
+def test_all_requests_are_accounted_for_while_others_are_killed_and_nothing_is_left(
+    conduct: Conduct, tmp_path: Path, requests: int
+) -> None:
     conductor = conduct(SHIPPED, context={"slots": 2, "first_window": 256}, min_turn_ms=50, stream_interval_ms=1)
-    drivers = [drive.remote(conductor.handle, name, seed) for seed, name in enumerate(("ada", "bob", "cleo"))]
+    drivers = [drive.remote(conductor.handle, name, seed, requests) for seed, name in enumerate(("ada", "bob", "cleo"))]
     pid_files = [tmp_path / f"victim-{n}" for n in range(3)]
     victims = [stream_for_ever.remote(conductor.handle, file.name, str(file)) for file in pid_files]
     for file in pid_files:
@@ -129,7 +133,7 @@ def test_all_requests_are_accounted_for_while_others_are_killed_and_nothing_is_l
         os.kill(int(file.read_text()), signal.SIGKILL)
 
     accounts = ray.get(drivers)
-    assert [account.total() for account in accounts] == [REQUESTS] * 3
+    assert [account.total() for account in accounts] == [requests] * 3
     together = sum(accounts, Counter())
     assert not [ending for ending in together if ending.startswith("unexpected")], together
     assert together.keys() >= {"length", "timeout", "left", "TurnCancelled"}

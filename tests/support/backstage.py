@@ -11,7 +11,7 @@ from conductor.core.estimate import ModelPlan
 from conductor.core.events import TurnId
 from conductor.core.state import State
 from conductor.errors import ConductorError, ModelLoadFailed
-from conductor.types import AgentId, KvPlace, ModelId, PoolId
+from conductor.types import AgentId, KvPlace, PoolId
 from tests.support.calls import TurnCall
 from tests.support.paper_engine import PaperEngine, Work
 
@@ -32,18 +32,34 @@ class Backstage(ABC):
     # --- models -------------------------------------------------------------------------------------------------------
 
     def loaded(self, plan: ModelPlan, *, weights: int | None = None) -> None:
+        """`weights`: what they turned out to take, if not what was booked; of what is placed nothing else can come out."""
+        work = self.engine.take(actions.LoadModel, plan.id)
+        assert isinstance(work, actions.LoadModel)
+        measured = plan.weights_bytes if weights is None else weights
+        if work.placement is not None:
+            measured = self.state.books.prices.held_bytes(self.state.models[plan.id])
+            self.engine.homes.add(plan.id)
+        self.engine.weights[plan.id] = measured
+        self.hear(events.ModelLoaded(plan.id, measured, at_home=work.placement is not None))
+
+    def stays_whole(self, plan: ModelPlan) -> None:
+        """It was to be placed, and its weights turned out to be none that move."""
         self.engine.take(actions.LoadModel, plan.id)
-        self.engine.weights[plan.id] = measured = plan.weights_bytes if weights is None else weights
-        self.hear(events.ModelLoaded(plan.id, measured))
+        self.engine.weights[plan.id] = plan.weights_bytes
+        self.hear(events.ModelLoaded(plan.id, plan.weights_bytes))
 
     def load_failed(self, plan: ModelPlan) -> None:
         self.engine.take(actions.LoadModel, plan.id)
-        self.hear(events.ModelLoadFailed(plan.id, ModelLoadFailed(plan.path, "it is broken")))
+        error = ModelLoadFailed(plan.path, "it is broken")
+        self.hear(events.ModelLoadFailed(plan.id, error, at_home=plan.id in self.engine.homes))
 
-    def unloaded(self, model_id: str) -> None:
-        self.engine.take(actions.UnloadModel, model_id)
-        del self.engine.weights[ModelId(model_id)]
-        self.hear(events.ModelUnloaded(ModelId(model_id)))
+    def unloaded(self, model_id: str, *, step_s: float | None = None) -> None:
+        work = self.engine.take(actions.UnloadModel, model_id)
+        assert isinstance(work, actions.UnloadModel)
+        self.engine.weights.pop(work.model_id, None)
+        if not work.keep_home:
+            self.engine.homes.discard(work.model_id)
+        self.hear(events.ModelUnloaded(work.model_id, step_s))
 
     def opened(
         self, agent: str, *, takes: int | None = None, takes_more: int = 0, kv_lost: bool = False, tells: bool = True

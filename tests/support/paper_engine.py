@@ -33,6 +33,7 @@ class PaperEngine:
         self.live_contexts = live_contexts
         self.todo: list[Work] = []
         self.weights: dict[ModelId, int] = {}
+        self.homes: set[ModelId] = set()  #: models whose weights are in host memory
         self.pools: dict[PoolId, actions.OpenPool] = {}  #: there, on their way in or on their way out
         self.contexts: dict[PoolId, int] = {}  #: bytes of those that are there
         self.seats: dict[AgentId, PoolId] = {}  #: taken, being taken or being left
@@ -45,10 +46,11 @@ class PaperEngine:
         busy = {it for doing in self.todo for it in subjects(doing)}
         assert not busy & subjects(work), f"asked for {work} while busy with it: {self.todo}"
         match work:
-            case actions.LoadModel(plan):
+            case actions.LoadModel(plan, placement):
                 assert plan.id not in self.weights
-            case actions.UnloadModel(model_id):
-                assert model_id in self.weights
+                assert placement is not None or plan.id not in self.homes, "loaded from its file, and it has a home"
+            case actions.UnloadModel(model_id, keep_home):
+                assert model_id in self.weights or (model_id in self.homes and not keep_home)
                 assert model_id not in {pool.model_id for pool in self.pools.values()}, "a model unloaded under a live pool"
             case actions.OpenPool(pool_id, model_id):
                 assert model_id in self.weights

@@ -104,7 +104,7 @@ class Scrutiny:
         for model in state.models.values():
             if model.state is ModelState.RESIDENT:
                 assert model.reservation
-                assert ledger.size(model.reservation) == self.engine.weights[model.plan.id]
+                assert state.books.prices.held_bytes(model) == self.engine.weights[model.plan.id]
         assert state.pools.keys() == self.engine.pools.keys()
         for id, pool in state.pools.items():
             if pool.phase is PoolPhase.READY:
@@ -199,7 +199,8 @@ class Scrutiny:
         used = {agent.pool for agent in state.agents.values() if agent.phase is Phase.BUSY and not agent.guaranteed}
         limit = state.books.turn_limit_bytes()
         taken = sum(state.ledger.size(state.pools[id].reservation) for id in used)
-        taken += sum(self._loose_weights_bytes(model) for model in {state.pools[id].model_id for id in used})
+        held = [state.models[model] for model in {state.pools[id].model_id for id in used}]
+        taken += sum(state.books.prices.held_bytes(model) for model in held if not model.firm)
         cleared = False  # a pool, for somebody who waits: those behind start there no more
         for turn in self._heads():
             agent = state.agents[turn.agent_id]
@@ -227,7 +228,7 @@ class Scrutiny:
 
     def _loose_weights_bytes(self, id: ModelId) -> int:
         model = self.state.models[id]
-        return 0 if model.firm else self.state.books.weights_bytes(model.plan)
+        return 0 if model.firm else self.state.books.prices.least_bytes(model.plan)
 
     def _check_that_nobody_waits_for_nothing(self, calls: Iterable[Call]) -> None:
         """The engine has nothing to do, so whoever waits must wait for somebody to leave."""
@@ -277,6 +278,6 @@ class Scrutiny:
         assert turn.outgrew
         books, room = self.state.books, self.state.books.room()
         larger = agent.ladder[agent.rung_for(turn.outgrew[0])].context_bytes
-        tenants = [a.tenant(books.weights_bytes(a.spec.model)) for a in self.state.agents.values() if a is not agent]
-        own = replace(agent.tenant(books.weights_bytes(agent.spec.model)), context_bytes=larger)
+        tenants = [books.prices.tenant(a) for a in self.state.agents.values() if a is not agent]
+        own = replace(books.prices.tenant(agent), context_bytes=larger)
         return room.firm_bytes + admission.promise([*tenants, own]).turn_bytes <= room.cap_bytes

@@ -23,6 +23,7 @@ from conductor.core.estimate import Geometry, ModelPlan
 from conductor.core.events import AgentSpec, RequestId, Rung, TurnId
 from conductor.core.sessions import Agent
 from conductor.core.state import Rules, State
+from conductor.core.streaming import Blocks
 from conductor.errors import (
     ConductorError,
     NotRunning,
@@ -53,10 +54,11 @@ GEOMETRY = Geometry(
 )  # fmt: skip
 
 
-def model(name: str, *, weights: int = 100, border: int = 0) -> ModelPlan:
-    """Windows beyond the `border` turn positions otherwise, if there is one."""
+def model(name: str, *, weights: int = 100, border: int = 0, layers: int = 0) -> ModelPlan:
+    """Windows beyond the `border` turn positions otherwise, if there is one. With `layers` its weights may move."""
     geometry = dataclasses.replace(GEOMETRY, rotation_changes_at=border)
-    return ModelPlan(ModelId(f"file-{name}"), ModelKey(name), f"{name}.gguf", DeviceKind.HOST, weights, geometry)
+    blocks = Blocks(weights - layers * (weights * 9 // 10 // layers), (weights * 9 // 10 // layers,) * layers) if layers else None
+    return ModelPlan(ModelId(f"file-{name}"), ModelKey(name), f"{name}.gguf", DeviceKind.HOST, weights, geometry, blocks)
 
 
 ALPHA, BETA, GAMMA = model("alpha"), model("beta"), model("gamma")
@@ -218,7 +220,7 @@ class Stage(Backstage):
     def picture(self) -> object:
         """Everything that a refused request must leave as it was."""
         state = self.state
-        records = copy.deepcopy((state.agents, state.models, state.pools, state.rotation.turns, state.books.external))
+        records = copy.deepcopy((state.agents, state.models, state.pools, state.rotation.turns, list(state.books.external)))
         return (
             state.ledger.leases(), state.ledger.snapshot(), state.kv_books.host.leases(), state.kv_books.disk.leases(), records,
             list(state.waitlist), list(self.engine.todo),
@@ -305,7 +307,8 @@ class Stage(Backstage):
         agent = self.state.agents.get(AgentId(turn.agent))
         if agent is not None and agent.guaranteed and not isinstance(error, (TurnCancelled, UnknownAgent)):
             assert isinstance(error, (TurnTimedOut, TurnQueueFull)), error
-            assert [other for other in self.turns.values() if other.agent == turn.agent and other.runs]
+            runs = [other for other in self.turns.values() if other.agent == turn.agent and other.runs]
+            assert runs or self.engine.is_asked(actions.CopyKv, turn.agent)
 
     def wind_up(self) -> None:
         """What can be done is done; strangers leave; everybody goes. Then every call has its one answer, every turn its one end,
@@ -321,11 +324,13 @@ class Stage(Backstage):
             self.settle()
         assert self.booked == self.overhead
         assert not self.engine.weights
+        assert not self.engine.homes
         assert not self.engine.pools
         assert not self.engine.seats
         assert not self.engine.saved
         assert not self.state.kv_books.host.allocated_bytes
         assert not self.state.kv_books.disk.allocated_bytes
+        assert not self.state.books.homes.ledger.allocated_bytes
         assert [call.asked for call in self.calls.values() if len(call.answers) != (not call.cancelled)] == []
         assert [turn for turn in self.turns.values() if len(turn.endings) != 1] == []
 

@@ -26,15 +26,20 @@ ROOMS = {
         "conductor/backend/dry_run.py",
         "conductor/backend/layer_ring.py",
     ),
-    "cupy": ("conductor/backend/layer_ring.py", "actors/layer_stream.py"),
+    "cupy": ("conductor/backend/layer_ring.py", "actors/layers/cuda_lanes.py"),
+    "matplotlib": ("pipelines/plots.py",),
     "pynvml": ("conductor/backend/device.py",),
+    "aiohttp": ("pipelines/board.py",),
 }
 
 #: What a folder may not import, and what of that it may after all.
 FORBIDDEN = {
     "conductor/": (("actors", "pipelines"), ()),
     "actors/": (("pipelines",), ()),
-    "conductor/backend/": (("conductor.core", "conductor.gpu_conductor"), ("conductor.core.estimate", "conductor.core.pool")),
+    "conductor/backend/": (
+        ("conductor.core", "conductor.gpu_conductor"),
+        ("conductor.core.estimate", "conductor.core.pool", "conductor.core.streaming"),
+    ),
 }
 
 #: The core is pure policy: of the project it knows these, of the standard library anything that does no I/O, nothing else.

@@ -73,6 +73,7 @@ class Table:
     def leaves(self, *agents: int) -> None:
         for n in agents:
             self.seating.leave(self.seating.seats[AgentId(str(n))])
+        self.seating.sweep()
 
     def slots(self, *agents: int) -> list[int]:
         return sorted(self.seating.seats[AgentId(str(n))].sequence.slot for n in agents)
@@ -91,6 +92,16 @@ def test_the_lowest_free_slot_is_taken_and_a_slot_that_was_left_is_empty() -> No
     assert table.context.held == [1, 0, 3, 0]
     assert table.takes(4).sequence.slot == 1
     table.check()
+
+
+def test_whoever_takes_a_slot_before_it_was_swept_finds_it_empty() -> None:
+    table = Table(2, 2)
+    table.seating.leave(table.seats[0])
+    assert table.context.held == [1, 2]
+    seat = table.seating.take(AgentId("3"), Conversation())
+    assert (seat.sequence.slot, table.context.held) == (0, [0, 2])
+    table.seating.sweep()
+    assert table.context.held == [0, 2]
 
 
 def test_nobody_sits_twice_and_nobody_on_anothers_lap() -> None:

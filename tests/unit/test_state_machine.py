@@ -35,7 +35,9 @@ class RandomWorld:
 
     def __init__(self, chance: random.Random) -> None:
         self.random = chance
-        self.models = [model(name, weights=weights) for name, weights in zip("klmn", (100, 100, 150, 420), strict=True)]
+        layers = [self.random.choice([0, 3, 8]) for _ in range(4)]
+        sizes = (100, 100, 150, 420)
+        self.models = [model(name, weights=size, layers=n) for name, size, n in zip("klmn", sizes, layers, strict=True)]
         self.stage = Stage(
             cap=self.random.choice([250, 400, 500, 900]),
             live_contexts=self.random.choice([1, 1, 2, None]),
@@ -48,6 +50,8 @@ class RandomWorld:
             ageing_s=self.random.choice([1.0, 60.0]),
             idle_shrink_s=self.random.choice([None, 0.0, 5.0]),
             idle_ttl_s=self.random.choice([None, None, None, 50.0]),
+            home_bytes=self.random.choice([0, 200, 10000]),
+            link_bytes_per_s=self.random.choice([10.0, 1e9]),
         )
         #: what may happen, and how often
         self.happenings: list[tuple[Callable[[], None], int]] = [
@@ -204,6 +208,8 @@ class RandomWorld:
     def load(self, plan: ModelPlan, *, fails: bool) -> None:
         if fails:
             self.stage.load_failed(plan)
+        elif self.stage.state.models[plan.id].placement is not None and self.random.random() < 0.1:
+            self.stage.stays_whole(plan)
         else:
             self.stage.loaded(plan, weights=plan.weights_bytes + self.random.choice([-20, 0, 0, 0, 5, 40]))
 

@@ -235,7 +235,7 @@ def test_a_pool_that_cannot_be_made_with_more_slots_is_made_with_fewer(crew: Sta
     assert turn.runs
     crew.finished(turn)
     crew.converses("b")
-    assert slots(crew) == 1, "and it is not tried again while they are there"
+    assert slots(crew) == 1, "and it is not tried again soon"
 
 
 def test_one_that_cannot_be_made_with_one_slot_fails_the_turn(crew: Stage) -> None:

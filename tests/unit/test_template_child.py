@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import psutil
 import pytest
 
+from conductor.backend import template_child
 from conductor.backend.chat_template import ChatTemplate
 from conductor.backend.template_child import TemplateChild
 from conductor.errors import ChatTemplateFailed
@@ -37,15 +38,18 @@ def test_the_child_renders_what_the_template_does() -> None:
     "source",
     ["{{ 9**(messages|length * 9**9) }}", "{{ 'x' * (messages|length * 20000000000) }}", "{{ 1 / (messages|length - 1) }}"],
 )
-def test_a_template_that_does_not_end_fails_and_the_next_chat_begins_anew(source: str) -> None:
+def test_a_template_that_does_not_end_fails_and_the_next_chat_begins_anew(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with child_of("{% if messages[0].content == 'bad' %}" + source + "{% else %}fine{% endif %}") as child:
-        with pytest.raises(ChatTemplateFailed):
-            child.render([Message("user", "bad")])
+        with monkeypatch.context() as impatient:
+            impatient.setattr(template_child, "_ANSWER_WITHIN_S", 1.0)
+            with pytest.raises(ChatTemplateFailed):
+                child.render([Message("user", "bad")])
         assert [piece.text for piece in child.render(HELLO)] == ["fine"]
 
 
 @pytest.mark.parametrize("source", ["{{ 9**(9**9) }}", "{{ ("])
-def test_a_template_that_cannot_be_compiled_fails_each_time(source: str) -> None:
+def test_a_template_that_cannot_be_compiled_fails_each_time(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(template_child, "_ANSWER_WITHIN_S", 1.0)
     with child_of(source) as child:
         for _ in range(2):
             with pytest.raises(ChatTemplateFailed):
