@@ -21,6 +21,7 @@ from actors.metrics import Metrics, RayMetrics
 from conductor.config import Config
 from conductor.errors import InvalidRequest
 from conductor.gpu_conductor import GpuConductor as PlainConductor
+from conductor.happenings import HistoryEntry
 from conductor.types import (
     Admission,
     AgentStatus,
@@ -198,6 +199,11 @@ class GpuConductorActor:
         """What was booked after each change of the ledger, oldest first; the last 16,384 changes."""
         await self._ready()
         return await self._conductor.ledger_log()
+
+    async def history(self, since: int = 0) -> tuple[HistoryEntry, ...]:
+        """What was decided and done after the entry numbered `since`, oldest first; the last 4,096 are kept."""
+        await self._ready()
+        return await self._conductor.history(since)
 
     async def mirrored(self, timeout_s: float = 2.0) -> MirrorStatus:
         """Wait until Ray's accounting equals the ledger, at most `timeout_s`; returns how they compare."""

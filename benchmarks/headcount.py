@@ -17,8 +17,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,6 +28,7 @@ import typer
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import harness, shapes
+from benchmarks.ballast import ballast
 from conductor.backend.device import Device, open_device
 from conductor.config import Config, DeviceConfig
 from conductor.errors import AdmissionRefused
@@ -43,17 +44,6 @@ TOOL = "llama-completion"
 PROMPT = "import os\nimport sys\n\n\ndef main(arguments):\n"
 #: what the second part registers: service class and window
 FURTHER = ((ServiceClass.SHARED, WINDOW), (ServiceClass.GUARANTEED, 4096), (ServiceClass.GUARANTEED, 16_384))
-
-#: Holds the card but for argv[1] bytes, says what is left, and goes when its standard input ends.
-_BALLAST = """
-import sys
-from cupy.cuda import runtime
-runtime.setDevice(0)
-excess = runtime.memGetInfo()[0] - int(sys.argv[1])
-held = runtime.malloc(excess) if excess > 0 else None
-print(runtime.memGetInfo()[0], flush=True)
-sys.stdin.read()
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,22 +80,6 @@ class Filled(Record):
     refusal: str | None  #: None: nobody was refused up to the most that were tried
     booked_bytes: int
     cap_bytes: int
-
-
-@contextmanager
-def ballast(leave: int) -> Iterator[int]:
-    """The rest of the card is held by another process meanwhile. Yields what CUDA says is left."""
-    child = subprocess.Popen(
-        [sys.executable, "-c", _BALLAST, str(leave)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    try:
-        assert child.stdout is not None
-        left = child.stdout.readline()
-        if not left:
-            raise typer.BadParameter(f"the rest of the card cannot be held; exit code {child.wait()} (CuPy is needed)")
-        yield int(left)
-    finally:
-        child.communicate()  # closes its standard input, and waits
 
 
 def alone(files: dict[str, Path], device: Device, *, patience_s: float) -> list[Alone]:

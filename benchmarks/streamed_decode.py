@@ -111,7 +111,8 @@ def main(
         partial = [Placement(resident, int(count)) for resident in (0, n // 2) for count in slots.split(",")]
         placements = [it for it in partial if n - it.resident > it.slots]
         offloads: dict[str, Offloaded] = {}
-        for placement in placements if offload and device.kind is DeviceKind.CUDA else ():
+        widest = [it for it in placements if it.slots == max(other.slots for other in placements)]
+        for placement in widest if offload and device.kind is DeviceKind.CUDA else ():
             budget = placement_bytes(blocks, placement)
             peer = Offloaded(plan.path, budget, index=index, n_layers=n)
             offloads[f"offload {ring_of(placement, n)}"] = stack.enter_context(closing(peer))

@@ -91,7 +91,9 @@ class History:
             case events.ForkRequested(request, turn_id, _, new):
                 self._asked[request], self._turns[turn_id] = (new, None), new
             case events.ModelLoaded(model_id, weights_bytes):
-                self._add(Happening.LOADED, "weights on the device", model=model_id, bytes=weights_bytes, work=("load", model_id))
+                streams = self._state.models[model_id].streams
+                text = "its layers stream through a ring" if streams else "weights on the device"
+                self._add(Happening.LOADED, text, model=model_id, bytes=weights_bytes, work=("load", model_id))
             case events.ModelLoadFailed(model_id, error):
                 self._add(Happening.FAILED, _line(error), model=model_id, work=("load", model_id))
             case events.ModelUnloaded(model_id):
