@@ -97,6 +97,7 @@ class Refusal(Record):
     waiting_ahead: int = 0  #: registrations that wait for room and must not be overtaken
     evictable_bytes: int = 0  #: booked, and given back if all that is idle went to host memory
     fitting_class: ServiceClass | None = None  #: a weaker service class that would be admitted now
+    streaming_fits: bool = False  #: that class would, but only with its model's layers streamed
     retry_after_s: float | None = None  #: when something may have changed; None: when somebody leaves
 
     @property
@@ -142,7 +143,8 @@ def _advice(refusal: Refusal) -> str:
     if refusal.waiting_ahead:
         return f"{refusal.waiting_ahead} registrations wait for room before it; wait behind them with wait_s=SECONDS."
     fits = [f"a window of {refusal.largest_window} tokens"] if refusal.largest_window else []
-    fits += [f"the service class {refusal.fitting_class.value}"] if refusal.fitting_class else []
+    streamed = ", with its layers streamed," if refusal.streaming_fits else ""
+    fits += [f"the service class {refusal.fitting_class.value}{streamed}"] if refusal.fitting_class else []
     smaller = f"{' or '.join(fits)} would fit now" if fits else ""
     smaller = smaller[:1].upper() + smaller[1:]
     if refusal.code is RefusalCode.NEVER:

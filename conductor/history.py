@@ -198,7 +198,7 @@ class History:
 
     def _unloaded(self, model_id: ModelId) -> None:
         model = self._state.models[model_id]
-        size = self._state.ledger.size(model.reservation) if model.reservation else None
+        size = self._state.books.prices.held_bytes(model) or None
         used = any(agent.model_id == model_id for agent in self._state.agents.values())
         kind, text = (Happening.PARKED, "until a turn needs it") if used else (Happening.UNLOADED, "nobody uses it")
         self._add(kind, text, model=model_id, bytes=size, work=("unload", model_id))

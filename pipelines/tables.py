@@ -26,13 +26,16 @@ from conductor.units import format_bytes
 
 _COLOURS = {
     Kind.WEIGHTS: "blue",
+    Kind.RING: "bright_blue",
     Kind.CONTEXT: "green",
     Kind.HEADROOM: "cyan",
     Kind.OVERHEAD: "magenta",
     Kind.EXTERNAL: "yellow",
 }
 #: A letter for each kind, so that the bar can be read without colour.
-_LETTERS = {Kind.WEIGHTS: "w", Kind.CONTEXT: "c", Kind.HEADROOM: "h", Kind.OVERHEAD: "o", Kind.EXTERNAL: "x"}
+_LETTERS = {
+    Kind.WEIGHTS: "w", Kind.RING: "r", Kind.CONTEXT: "c", Kind.HEADROOM: "h", Kind.OVERHEAD: "o", Kind.EXTERNAL: "x"
+}  # fmt: skip
 
 
 def status(status: Status) -> RenderableType:
@@ -69,7 +72,7 @@ def _saved_kv(memory: HostMemoryStatus) -> str:
 
 
 def bar(ledger: LedgerStatus, width: int = 48) -> Text:
-    """The cap as a bar, booked bytes in true proportion: w weights, c context, h headroom, o overhead, x external.
+    """The cap as a bar, booked bytes in true proportion: w weights, r ring, c context, h headroom, o overhead, x external.
 
     What is booked at all has a letter; if that makes too many, the largest kind yields.
     """
@@ -94,10 +97,12 @@ def reservations(items: Iterable[Reservation], title: str = "ledger") -> Table:
 
 
 def models(status: Status) -> Table:
-    table = _table("models", "key", "state", "agents", "weights", "estimate off by", "file")
+    table = _table("models", "key", "state", "agents", "weights", "at home", "of the link", "estimate off by", "file")
     for m in status.models:
         error = "–" if m.estimate_error is None else f"{m.estimate_error:+.2%}"
-        _add(table, m.key, m.state.value, str(m.agents), format_bytes(m.bytes), error, m.path)
+        home = format_bytes(m.weights.home_bytes) if m.weights else "–"
+        link = f"{m.weights.link_share:.0%}" if m.weights and m.weights.passes else "–"
+        _add(table, m.key, m.residency or m.state.value, str(m.agents), format_bytes(m.bytes), home, link, error, m.path)
     return table
 
 
@@ -181,7 +186,8 @@ def _ways_in(refused: Refusal) -> str:
     if refused.largest_window:
         ways.append(f"a window of {refused.largest_window:,} tokens would fit now")
     if refused.fitting_class:
-        ways.append(f"so would service_class={refused.fitting_class.value}")
+        streamed = ", with its layers streamed" if refused.streaming_fits else ""
+        ways.append(f"service_class={refused.fitting_class.value} would fit now{streamed}")
     if refused.retry_after_s is not None:
         ways.append(f"try again in {refused.retry_after_s:.0f} s")
     return "; ".join(ways)

@@ -38,9 +38,10 @@ class Refusals:
             refusal = replace(refusal, code=RefusalCode.DRIFT, retry_after_s=_DRIFT_RETRY_S)
         if waiting_ahead or refusal.code is RefusalCode.DRIFT:
             return AdmissionRefused(replace(refusal, waiting_ahead=waiting_ahead))
-        weaker = (kind for kind in _WEAKER[spec.service_class] if self._fits(replace(spec, service_class=kind)))
+        weaker = next((kind for kind in _WEAKER[spec.service_class] if self._fits(replace(spec, service_class=kind))), None)
+        streams = weaker is ServiceClass.BEST_EFFORT and not self._fits(_whole(spec))
         window = admission.largest_window(lambda window: self._fits(_smaller(spec, window)), below=_asked(spec))
-        return AdmissionRefused(replace(refusal, largest_window=window, fitting_class=next(weaker, None)))
+        return AdmissionRefused(replace(refusal, largest_window=window, fitting_class=weaker, streaming_fits=streams))
 
     def of_bytes(self, code: RefusalCode, requested_bytes: int, at: float | None = None) -> AdmissionRefused:
         ledger = self._books.ledger
@@ -93,6 +94,11 @@ class Refusals:
 def _asked(spec: AgentSpec) -> int:
     """The window that an admission is decided by."""
     return spec.ladder[-1 if spec.service_class is ServiceClass.GUARANTEED else 0].window
+
+
+def _whole(spec: AgentSpec) -> AgentSpec:
+    """As a best-effort agent of a model whose layers cannot stream."""
+    return replace(spec, service_class=ServiceClass.BEST_EFFORT, model=replace(spec.model, blocks=None))
 
 
 def _smaller(spec: AgentSpec, window: int) -> AgentSpec:

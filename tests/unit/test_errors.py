@@ -166,6 +166,7 @@ def test_a_refusal_has_a_json_form() -> None:
         "waiting_ahead": 0,
         "evictable_bytes": 0,
         "fitting_class": None,
+        "streaming_fits": False,
         "retry_after_s": None,
     }
 

@@ -112,6 +112,21 @@ def taken(given: Callable[..., Stage]) -> Stage:
     return stage
 
 
+def test_it_says_when_the_weaker_class_would_have_its_layers_streamed(given: Callable[..., Stage]) -> None:
+    stage = given(cap=100, home_bytes=1000)
+    larger, smaller = model("larger", weights=200, layers=9), model("smaller", weights=90, layers=9)
+    refused = stage.registers("a", larger, context=20).refusal
+    assert (refused.code, refused.fitting_class, refused.streaming_fits) == (RefusalCode.NEVER, ServiceClass.BEST_EFFORT, True)
+    assert "best_effort, with its layers streamed, would fit now" in str(AdmissionRefused(refused))
+    assert stage.registers("a", larger, context=20, kind="best_effort").waits_or_is_in
+    stage.settle()
+    taken = given(cap=120, home_bytes=1000)
+    taken.registers("b", ALPHA, context=10)
+    taken.settle()
+    whole = taken.registers("c", smaller, context=10).refusal
+    assert (whole.fitting_class, whole.streaming_fits) == (None, False), "not even a part of it fits"
+
+
 @pytest.mark.parametrize(
     ("plan", "kind", "context", "fitting"),
     [
