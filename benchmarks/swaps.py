@@ -138,6 +138,7 @@ class ConductorSwap:
         """A turn of the agent whose KV is away, and another one of it right after: the difference is what the swap cost."""
         away, seated = self._agents
         self._agents = (seated, away)
+        time.sleep(_REST_S)  # the checksum of what left last is made behind the turn that it left for
         switched, result = self._turn(away, _MORE)
         assert result.kv_swap_restored, "nothing was swapped"
         assert result.kv_swap_evicted == seated, "nobody had to leave"
