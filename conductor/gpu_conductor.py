@@ -383,6 +383,6 @@ def _rules(config: Config, *, link_bytes_per_s: float) -> Rules:
         ageing_s=config.ageing_s,
         idle_shrink_s=config.idle_shrink_s,
         idle_ttl_s=config.idle_ttl_s,
-        home_bytes=config.home_budget,
+        home_bytes=config.home_budget if link_bytes_per_s else 0,
         link_bytes_per_s=link_bytes_per_s,
     )

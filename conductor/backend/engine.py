@@ -9,6 +9,7 @@ See also: `models`, `pools`, `seats`, `turns`, whose methods these are.
 
 from __future__ import annotations
 
+import logging
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from conductor.backend.device import Device, margins, open_device
 from conductor.backend.estimator import Estimator
 from conductor.backend.kv_disk import KvDisk
 from conductor.backend.kv_store import KvStore
-from conductor.backend.llama import Llama, measure_link
+from conductor.backend.llama import Llama, LlamaError, measure_link
 from conductor.backend.models import Models, priced, temporary_bytes
 from conductor.backend.pools import Pools
 from conductor.backend.saved_kv import SavedKv
@@ -41,6 +42,7 @@ from conductor.types import (
     PoolId,
     WeightsStatus,
 )
+from conductor.units import MIB
 
 __all__ = ["Closed", "Engine", "Moved"]
 
@@ -48,6 +50,10 @@ __all__ = ["Closed", "Engine", "Moved"]
 _PROMPT_THREADS = 8
 #: Saved KV is written to disk and copied in others: a slow disk must not keep turns from beginning.
 _KV_THREADS = 4
+#: What the link is measured with; on the host device, whose memory is as near, less.
+_PROBE_BYTES = {DeviceKind.CUDA: 64 * MIB, DeviceKind.HOST: 4 * MIB}
+
+log = logging.getLogger("conductor")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +86,7 @@ class Engine:
         self.overhead_bytes = self._touch_device()
         arena, pinned = llama.pinned(config.host_budget)
         self._saved = SavedKv(KvStore(arena, pinned=pinned, disk=_disk(config)))
-        if config.home_budget:
-            self._models.link_bytes_per_s = measure_link(self.device.kind)
+        self._models.link_bytes_per_s = self._measure_link() if config.home_budget else 0.0
         self._prompt_threads = ThreadPoolExecutor(_PROMPT_THREADS, thread_name_prefix="prompt")
         self._kv_threads = ThreadPoolExecutor(_KV_THREADS, thread_name_prefix="kv")
         self._seats = Seats(self._saved, self._kv_threads)
@@ -95,6 +100,14 @@ class Engine:
         taken = self.device.taken_bytes()
         self.device.claim(taken)
         return taken
+
+    def _measure_link(self) -> float:
+        """Bytes a second from host memory to the device; 0 where there is no room to try."""
+        try:
+            return measure_link(self.device.kind, bytes=_PROBE_BYTES[self.device.kind])
+        except LlamaError as error:
+            log.warning("weights stay where they are loaded: %s", error)
+            return 0.0
 
     def close(self) -> None:
         for threads in (self._prompt_threads, self._kv_threads):

@@ -47,6 +47,8 @@ class Buffer:
         self.handle = handle
         self.base = int(_base(handle) or 0)
         self.bytes = int(_bytes(handle))
+        #: page-locked; where that cannot be had, llama.cpp falls back to plain memory without a word
+        self.pinned = bool(_name(handle).endswith(b"_Host"))
 
     @classmethod
     def on_device(cls, kind: DeviceKind, size: int) -> Buffer | None:
@@ -68,11 +70,6 @@ class Buffer:
             return None
         _use_for(handle, _WEIGHTS)  # else llama.cpp takes embeddings at home for inputs, and copies them to the GPU each time
         return cls(handle)
-
-    @property
-    def pinned(self) -> bool:
-        """Where page-locked memory cannot be had, llama.cpp falls back to plain memory without a word."""
-        return bool(_name(self.handle).endswith(b"_Host"))
 
     def free(self) -> None:
         """Idempotent."""
