@@ -178,7 +178,7 @@ def load_config(source: str | os.PathLike[str] | Config | None = None) -> Config
     except (OSError, ValueError) as error:  # a path with a NUL is a ValueError, as bytes that are no text are
         raise ConfigError(str(path), "", f"cannot be read: {error}") from error
     try:
-        document = yaml.load(text, Loader=_UniqueKeyLoader)
+        document = yaml.load(text, Loader=UniqueKeyLoader)
     except yaml.YAMLError as error:
         problem = getattr(error, "problem", None) or error
         raise ConfigError(str(path), _position(error), f"is not valid YAML: {problem}") from error
@@ -239,7 +239,7 @@ def _position(error: yaml.YAMLError) -> str:
     return f"line {mark.line + 1}" if mark else ""
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
+class UniqueKeyLoader(yaml.SafeLoader):
     """YAML lets a later key silently replace an earlier one; a configuration must not."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:

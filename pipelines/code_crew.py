@@ -2,12 +2,13 @@
 
     with CodeCrew() as crew:
         print(crew.run("Write a Python function `is_prime(n)` that checks whether a number is prime.").code)
+
+The agents stay for several requests. `conductor run code_crew` has a crew for one, whose coder minds the review.
 """
 
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
@@ -16,15 +17,16 @@ from typing import Any
 import ray
 
 import actors
-from actors.connection import own
-from conductor.errors import ConductorError
 from conductor.types import DecodeResult, Record
+from pipelines.library import Agent, Ask, Event, Options, Pipeline, TurnEnded, run
+from pipelines.library.answers import code_in
+
+__all__ = ["DOCUMENT", "REVIEW", "ROLES", "CodeCrew", "CrewResult", "code_in"]
 
 #: role -> model: by default the keys are the same
 ROLES = {"coder": "coder", "reviewer": "reviewer", "documenter": "documenter"}
-_REVIEW = "Review this Python code for security flaws:\n\n```python\n{code}\n```"
+REVIEW = "Review this Python code for security flaws:\n\n```python\n{code}\n```"
 DOCUMENT = "Write the documentation for this Python function:\n\n```python\n{code}\n```"
-_FENCE = re.compile(r"```[^\n`]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +49,22 @@ class CodeCrew:
     def __init__(
         self, conductor: Any = None, *, models: Mapping[str, str] = ROLES, name: str = "crew", max_tokens: int = 400
     ) -> None:
-        self._conductor, self._models, self._name, self._max_tokens = conductor, models, name, max_tokens
+        self._conductor, self._models, self._name = conductor, models, name
+        options = Options(max_tokens=max_tokens)
+        self._pipeline = Pipeline(
+            name="code_crew",
+            inputs={"request": None},
+            agents={role: Agent(models[role], options=options) for role in ROLES},
+            steps={
+                "code": Ask("coder", "{request}", keep="code"),
+                "review": Ask("reviewer", REVIEW),
+                "documentation": Ask("documenter", DOCUMENT),
+            },
+        )
         self._agents: dict[str, Any] = {}
 
     def __enter__(self) -> CodeCrew:
-        conductor = actors.connect() if self._conductor is None else self._conductor
+        conductor = self._conductor = actors.connect() if self._conductor is None else self._conductor
         with contextlib.ExitStack() as undo:
             undo.callback(self._leave)
             for role in ROLES:
@@ -68,32 +81,15 @@ class CodeCrew:
 
     def run(self, request: str, *, on_turn: Callable[[str, DecodeResult], None] = lambda role, result: None) -> CrewResult:
         """Work on one request; `on_turn` hears of each turn as it ends. Raises what the conductor's decode raises."""
-        written = self._finish(self._ask("coder", request))
-        on_turn("coder", written)
-        code = code_in(written.text)
-        working = {self._ask("reviewer", _REVIEW.format(code=code)): "reviewer",
-                   self._ask("documenter", DOCUMENT.format(code=code)): "documenter"}  # fmt: skip
-        done: dict[str, DecodeResult] = {}
-        while working:
-            (reference,), _ = ray.wait(list(working))
-            role = working.pop(reference)
-            done[role] = self._finish(reference)
-            on_turn(role, done[role])
-        review, documentation = done["reviewer"], done["documenter"]
-        return CrewResult(request, code, review.text, documentation.text, (written, review, documentation))
 
-    def _ask(self, role: str, text: str) -> Any:
-        return self._agents[role].ask.remote(text, fresh=True, max_tokens=self._max_tokens)
+        def hear(event: Event) -> None:
+            if isinstance(event, TurnEnded) and event.turn.result is not None:
+                on_turn(event.turn.agent, event.turn.result)
 
-    def _finish(self, reference: Any) -> DecodeResult:
-        try:
-            result: DecodeResult = ray.get(reference)
-        except ConductorError as error:
-            raise own(error) from None
-        return result
-
-
-def code_in(text: str) -> str:
-    """The first fenced block of an answer, or all of it if there is none."""
-    fenced = _FENCE.search(text)
-    return (fenced[1] if fenced else text).strip()
+        done = run(self._pipeline, {"request": request}, conductor=self._conductor, agents=self._agents, on_event=hear)
+        for step in done.steps:
+            if step.error is not None:
+                raise step.error
+        code, review, documentation = (step.text or "" for step in done.steps)
+        turns = tuple(turn.result for step in done.steps for turn in step.turns if turn.result is not None)
+        return CrewResult(request, code, review, documentation, turns)

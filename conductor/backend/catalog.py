@@ -31,7 +31,8 @@ class Catalog:
             header = self._headers[identity] = read_header(path)
         geometry = header.geometry
         weights = geometry.weights_bytes_offloaded if kind is DeviceKind.CUDA else geometry.weights_bytes_host
-        blocks = header.blocks[kind] if self._config.home_budget else None
+        moves = self._config.home_budget and not self._config.device.index  # weights move to the first GPU only
+        blocks = header.blocks[kind] if moves else None
         return ModelPlan(identity, key, str(path), kind, weights, geometry, blocks)
 
     def _locate(self, model: str) -> tuple[ModelKey, Path]:
