@@ -90,6 +90,7 @@ def test_a_step_that_fails_is_named_and_is_exit_code_1(service: Shell, half_brok
     assert "poem: no model 'poet' in the configuration; there are: coder, documenter, endless, reviewer" in ran.stderr
 
 
+@pytest.mark.slow
 def test_whoever_ends_it_leaves_nobody(service: Shell, tmp_path: Path) -> None:
     path = tmp_path / "endless.yaml"
     path.write_text(ENDLESS)

@@ -86,6 +86,7 @@ def test_the_coder_minds_a_review_that_found_something(conductor: Conductor) -> 
     assert result.cost.generated_tokens == sum(step.cost.generated_tokens for step in result.steps) > 50
 
 
+@pytest.mark.slow
 def test_the_coder_is_not_asked_again_if_the_review_found_nothing(conductor: Conductor) -> None:
     result = run(load("code_crew"), {"request": TASK}, conductor=conductor.handle)
     assert (result.ok, states(result)["final"], result.cost.turns) == (True, "skipped", 3)
@@ -125,6 +126,7 @@ def test_it_runs_inside_tasks_and_actors_and_its_result_comes_back(conductor: Co
     assert here.ok
 
 
+@pytest.mark.slow
 async def test_it_runs_in_a_notebook_where_a_loop_runs_already(conductor: Conductor) -> None:
     awaited, called = await arun(ONE, conductor=conductor.handle), run(ONE, conductor=conductor.handle)
     assert awaited.text == called.text
@@ -132,6 +134,7 @@ async def test_it_runs_in_a_notebook_where_a_loop_runs_already(conductor: Conduc
     assert called.ok
 
 
+@pytest.mark.slow
 def test_without_a_handle_it_finds_the_conductor(conductor: Conductor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "conductor.yaml"
     path.write_text(yaml.safe_dump(document_of(conductor.config.ray.resource, tmp_path, SHIPPED)))
@@ -186,6 +189,7 @@ def test_an_agent_that_does_not_fit_fails_its_own_steps_only(conductor: Conducto
     assert names(conductor) == []
 
 
+@pytest.mark.slow
 def test_a_map_goes_on_with_as_many_agents_as_were_admitted(conductor: Conductor) -> None:
     agent = Agent("coder", window=2048, service_class="guaranteed")
     items = tuple(f"Write a Python function `add_{n}(a)` that returns a + {n}." for n in range(4))
@@ -230,6 +234,7 @@ def test_a_cancelled_run_ends_its_turns_and_lets_its_agents_go(conduct: Conduct,
     assert conductor.is_empty()
 
 
+@pytest.mark.slow
 async def test_a_task_that_is_cancelled_leaves_nobody(conduct: Conduct, endless: Path) -> None:
     conductor = conduct({"endless": {"path": str(endless), "context_shift": True}})
     conductor.call("register", "stays", "endless")
@@ -246,6 +251,7 @@ async def test_a_task_that_is_cancelled_leaves_nobody(conduct: Conduct, endless:
     conductor.call("unregister", "stays")
 
 
+@pytest.mark.slow
 def test_whatever_a_listener_raises_nobody_stays(conductor: Conductor) -> None:
     def interrupt(event: Event) -> None:
         if isinstance(event, StepEnded):
