@@ -264,7 +264,7 @@ class Books:
             self._forget_promise()
             raise OverCap(self.prices.held_bytes(model) - offered[0].bytes, self.ledger.free_bytes)
         self.homes.leave(model)
-        model.placement = None
+        model.placement, model.stays_whole = None, True
 
     def correct_weights(self, model: Model, measured: int) -> None:
         """Book what the weights really took. Raises OverCap, unchanged, if the promise does not fit beside them."""

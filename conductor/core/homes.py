@@ -35,7 +35,7 @@ class Homes:
 
     def settle(self, model: Model) -> bool:
         """Book a home for the model's weights, unless it has one, or cannot; True if it has one from now on."""
-        found = self.offers(model.plan) if model.home is None else ()
+        found = self.offers(model.plan) if model.home is None and not model.stays_whole else ()
         if not found or model.plan.blocks is None:
             return False
         model.home, model.offers = self.ledger.reserve(model.plan.key, Kind.WEIGHTS, model.plan.blocks.home_bytes), found

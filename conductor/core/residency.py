@@ -41,6 +41,8 @@ class Model:
     placement: Placement | None = None
     #: its weights are at home, or may be
     at_home: bool = False
+    #: it turned out that its weights do not move
+    stays_whole: bool = False
     #: a step's computation, as measured while layers streamed
     step_s: float | None = None
     #: True: its weights stay while somebody uses it. False: they are in the room for turns, and leave it when others need it

@@ -197,6 +197,7 @@ class _Plan(Clearing):
         is_first = turn.model_id not in self._fetched  # of those that the model's weights are loaded for, if they must be
         if is_first and self._should_move(turn, model):  # (12)
             self.park(turn.model_id)
+            self.coming_bytes += model.bytes
         needed = self._needs(turn)
         self._fetched.add(turn.model_id)
         has_place = not comes and self._find_place(turn)
@@ -253,27 +254,33 @@ class _Plan(Clearing):
         self.steps.append(Load(turn.model_id, best.offer.placement if best else None))
 
     def _may_replace(self, pool: LivePool, turn: WaitingTurn) -> bool:
-        """Whether another part of the weights, with another pool, is worth its coming, and the pool may be emptied for that."""
+        """Whether another part of the weights is worth its coming once the pool is gone, and the pool may be emptied for that."""
         model, agents = self._models[turn.model_id], self._agents_of(pool.id)
-        offer = model.offer
-        if model.firm or offer is None or (not offer.placement.streams and pool.slots >= agents):
+        offer, over = model.offer, [it for it in self._pools.values() if it.model_id == turn.model_id]
+        # Under another pool the weights would have to stay.
+        if offer is None or len(over) > 1 or (not offer.placement.streams and pool.slots >= agents):
             return False
-        best = self._best_of(turn, model, self.free_bytes + pool.bytes + model.bytes)
         now = speed_of(offer, slots=pool.slots, agents=agents, step_s=model.step_s)
-        gains = best is not None and best.offer != offer and best.tokens_per_s >= WORTH_MOVING * now
-        return gains and self._may_rebuild(pool, turn)
+        return self._is_worth_moving(turn, model, self.free_bytes + pool.bytes, now=now) and self._may_rebuild(pool, turn)
 
     def _should_move(self, turn: WaitingTurn, model: Weights) -> bool:
         """Whether weights that no pool is over are worth being brought in another part than they are."""
         over = any(pool.model_id == turn.model_id for pool in self._pools.values())
-        offer, free = model.offer, self.free_bytes + model.bytes
-        if model.firm or offer is None or over or model.state is not ModelState.RESIDENT or turn.model_id in self._parked:
+        return not over and turn.model_id not in self._parked and self._is_worth_moving(turn, model, self.free_bytes)
+
+    def _is_worth_moving(self, turn: WaitingTurn, model: Weights, free_bytes: int, *, now: float = 0) -> bool:
+        """Whether another part at its best beats this one at its own, and what is there `now`.
+
+        It has to say so after a pool was emptied for it as well as before: else that went for nothing, and again and again.
+        """
+        offer, free, agents = model.offer, free_bytes + model.bytes, self._agents_of(turn.pool)
+        if model.firm or offer is None:
             return False
         best = self._best_of(turn, model, free)
-        agents = self._agents_of(turn.pool)
-        now = choose([offer], _prices(turn), budget_bytes=free, agents=agents, step_s=model.step_s)
-        gains = best is not None and best.tokens_per_s >= WORTH_MOVING * (now.tokens_per_s if now else 0)
-        return gains and best is not None and best.offer != offer
+        stays = choose([offer], _prices(turn), budget_bytes=free, agents=agents, step_s=model.step_s)
+        if best is None or best.offer == offer:
+            return False
+        return best.tokens_per_s >= WORTH_MOVING * max(now, stays.tokens_per_s if stays else 0)
 
     # --- seats of a pool --------------------------------------------------------------------------------------------------
 

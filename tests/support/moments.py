@@ -27,13 +27,19 @@ from conductor.core.moment import (
     WaitingTurn,
     Weights,
 )
+from conductor.core.placing import offers
 from conductor.core.pools import PoolPhase
 from conductor.core.sessions import Phase
+from conductor.core.streaming import Blocks, Placement
 from conductor.core.turns import plan_turns
 from conductor.types import AgentId, ModelId, ModelState, PoolId
 
 #: so much room that bytes decide nothing
 PLENTY = 10**12
+#: of a movable model: a head and nine layers of 10 bytes each, over a link of 10 a second. R layers and a ring of two slots take
+#: 30 + 10 R bytes, as far as R = 6, and make a token in 9 - R seconds; all of it takes 100, and a token `step_s`
+TENTHS = Blocks(10, (10,) * 9)
+WHOLE = Placement(9, 0)
 
 
 @dataclass(frozen=True)
@@ -159,6 +165,22 @@ def loose(model: str, state: ModelState = ModelState.RESIDENT, *, bytes: int = 1
     return Weights(ModelId(model), state, bytes, firm=False, last_turn=last_turn)
 
 
+def movable(
+    model: str,
+    state: ModelState = ModelState.PARKED,
+    *,
+    placed: Placement | None = None,
+    last_turn: int = 0,
+    step_s: float = 0.1,
+) -> Weights:
+    """Loose ones with a home in host memory, of `TENTHS`; on the device as they are `placed`, if they are."""
+    if placed is not None and state is ModelState.PARKED:
+        state = ModelState.RESIDENT
+    offered = offers(TENTHS, link_bytes_per_s=10)
+    takes = {offer.placement: offer.bytes for offer in offered}
+    return Weights(ModelId(model), state, takes[placed or WHOLE], False, last_turn, offered, placed, step_s)
+
+
 # --- steps --------------------------------------------------------------------------------------------------------------
 
 
@@ -188,8 +210,8 @@ def drain(pool: str, *, for_turn: int | None) -> Drain:
     return Drain(PoolId(pool), None if for_turn is None else TurnId(for_turn))
 
 
-def load(model: str) -> Load:
-    return Load(ModelId(model))
+def load(model: str, placement: Placement | None = None) -> Load:
+    return Load(ModelId(model), placement)
 
 
 def park(model: str) -> Park:
