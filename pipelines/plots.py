@@ -1,4 +1,4 @@
-"""The streaming experiment as a picture: who copied and computed when, or what a sweep saved. The only import of matplotlib.
+"""The streaming experiment as a picture: who copied and computed when, or what a sweep saved. Of the command line, the only import of matplotlib.
 
 Lanes are told apart by hatching and by their place, lines by their marks, so that a print without colour can be read.
 """

@@ -27,7 +27,7 @@ ROOMS = {
         "conductor/backend/layer_ring.py",
     ),
     "cupy": ("conductor/backend/layer_ring.py", "actors/layers/cuda_lanes.py"),
-    "matplotlib": ("pipelines/plots.py",),
+    "matplotlib": ("pipelines/plots.py", "conductor/notebook/pictures.py"),
     "pynvml": ("conductor/backend/device.py",),
     "aiohttp": ("pipelines/board.py",),
 }
