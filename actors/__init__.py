@@ -1,8 +1,8 @@
 """Everything that imports Ray: the conductor's actor, agents as actors, the mirror of the ledger in Ray's resources.
 
-    import actors
-    conductor = actors.connect()
-    agent = actors.spawn_agent("ada", "coder")
+import actors
+conductor = actors.connect()
+agent = actors.spawn_agent("ada", "coder")
 """
 
 from actors.agent import AgentActor, spawn_agent

@@ -17,7 +17,8 @@ import ray
 
 from actors.deaths import DeathWatch, Owner
 from actors.leases import Lease, LeaseMirror
-from actors.metrics import Metrics, RayMetrics
+from actors.metrics import Metrics
+from actors.ray_metrics import RayMetrics
 from conductor.config import Config
 from conductor.errors import InvalidRequest
 from conductor.gpu_conductor import GpuConductor as PlainConductor
@@ -71,7 +72,7 @@ class GpuConductorActor:
             await self._mirror.start(self._conductor.best_cap_bytes // MIB)
         self._mirror_ledger()
         self._watching = asyncio.create_task(self._deaths.run())
-        self._telling = asyncio.create_task(self._metrics.run(self._conductor.status))
+        self._telling = asyncio.create_task(self._metrics.run(self.status, self._conductor.history))
 
     def _mirror_ledger(self) -> None:
         if self._mirror is not None:

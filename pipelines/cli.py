@@ -17,12 +17,14 @@ import actors
 from actors import service
 from conductor import __version__
 from conductor.config import ENVIRONMENT as CONFIG_ENVIRONMENT
-from conductor.config import Config, load_config
+from conductor.config import load_config
 from conductor.errors import ConductorError, InternalError, InvalidRequest, NotRunning, UnknownAgent
 from conductor.types import Admission, Chunk, DecodeResult, ServiceClass
+from pipelines import board, estimates, monitor, run, stream_demo, tables, top
 from pipelines import demo as demo_pipeline
-from pipelines import estimates, tables
 from pipelines.console import Exit, err, errors, out, print_json, print_text, show
+from pipelines.session import find as _conductor
+from pipelines.session import session as _session
 
 app = typer.Typer(
     name="conductor",
@@ -63,27 +65,6 @@ def _global(version: Annotated[bool, typer.Option("--version", help="Print the v
     if version:
         out.print(f"vram-conductor {__version__}")
         raise typer.Exit
-
-
-def _conductor(config: Config) -> Any:
-    if service.users_address() is None and service.running() is None:
-        raise NotRunning
-    actors.join_ray()
-    handle = actors.find(config)
-    if handle is None:
-        raise NotRunning
-    return handle
-
-
-@contextlib.contextmanager
-def _session(config: Path | None, *, as_json: bool = False) -> Iterator[Any]:
-    """The running conductor, for the length of a command; errors become messages."""
-    with errors(as_json=as_json):
-        running = service.running()
-        try:
-            yield _conductor(load_config(config or (running.config if running else None)))
-        finally:
-            ray.shutdown()
 
 
 def _get(reference: Any) -> Any:
@@ -382,6 +363,13 @@ def demo(
     with errors():
         holds = demo_pipeline.run(load_config(config), request=request, save=save)
     raise typer.Exit(Exit.OK if holds else Exit.FAILED)
+
+
+app.command("stream-demo")(stream_demo.command)
+app.command("board")(board.command)
+app.command("top")(top.command)
+app.command("monitor")(monitor.command)
+app.command("run")(run.command)
 
 
 def main() -> None:

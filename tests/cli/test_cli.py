@@ -27,7 +27,10 @@ TASK = "Write a Python function `add(a, b)` that returns the sum of two numbers.
 DENIAL = re.compile(
     r"^VRAM_LEDGER_DENY code=NEVER ledger_max_bytes=(\d+) ledger_allocated_bytes=(\d+) requested_bytes=(\d+)$", re.MULTILINE
 )
-COMMANDS = ("up", "env", "down", "register", "unregister", "decode", "cancel", "chat", "status", "list", "estimate", "demo")
+COMMANDS = (
+    "up", "env", "down", "register", "unregister", "decode", "cancel", "chat", "status", "list", "estimate", "demo",
+    "stream-demo", "board", "top", "monitor", "run",
+)  # fmt: skip
 
 
 def write_config(directory: Path) -> Path:
@@ -258,6 +261,7 @@ def test_up_that_is_interrupted_leaves_no_process(tmp_path: Path) -> None:
     assert not (shell.runtime / "service.json").exists()
 
 
+@pytest.mark.slow
 def test_a_shell_that_took_up_env_can_go_down_and_up_again_and_down_without_the_configuration(tmp_path: Path) -> None:
     shell = Service(tmp_path)
     shell.ok("up", CONDUCTOR_CONFIG=str(shell.config))

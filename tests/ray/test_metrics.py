@@ -5,125 +5,30 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import re
-import urllib.request
-from dataclasses import dataclass
+from collections import Counter as Sums
 from pathlib import Path
 
 import pytest
-import ray
-from prometheus_client.parser import text_string_to_metric_families
 
-import actors
-from actors.metrics import COUNTERS, GAUGES, Figure, Metrics, gauges_of
-from conductor.errors import AdmissionRefused, InvalidRequest, UnknownModel
-from conductor.types import DecodeResult, KvPlace
+from actors.metric_names import COUNTERS, GAUGES, HISTOGRAMS, Figure
+from actors.metrics import Metrics, gauges_of
+from conductor.errors import AdmissionRefused, InvalidRequest
+from conductor.happenings import Happening, HistoryEntry
+from conductor.types import MirrorState, ModelKey, Status
 from conductor.units import MIB
 from tests.conftest import Start
 from tests.support.conducting import Conduct, Conductor
+from tests.support.eventful import live_through_everything, short_of_everything
 from tests.support.eventually import eventually
-from tests.support.talk import ENDLESS, ROOT, SHIPPED, until
-
-REPORTED_WITHIN_S = 60.0
-PROMPTS = tuple(f'\n\ndef task_{n}(x):\n    """Return x + {n}."""\n' * 4 for n in range(3))
-ROW = re.compile(r"\| `(ray_vram_conductor_\w+)` \| (\w+) \| ([\w`, ]*)\| \S.* \|")
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    name: str
-    type: str
-    labels: dict[str, str]
-    value: float
-
-
-def documented() -> set[tuple[str, str, frozenset[str]]]:
-    """(name, type, labels) of each row of the table."""
-    rows = [ROW.fullmatch(line) for line in (ROOT / "docs" / "metrics.md").read_text("utf-8").splitlines() if "| `ray_" in line]
-    assert all(rows)
-    return {(row[1], row[2], frozenset(re.findall(r"`(\w+)`", row[3]))) for row in rows if row}
-
-
-def scraped(conductor: Conductor) -> list[Sample]:
-    """What this conductor's metrics are now, as a Prometheus server would get them."""
-    node = ray.nodes()[0]  # type: ignore[no-untyped-call]
-    with urllib.request.urlopen(f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics", timeout=30) as page:
-        text = page.read().decode()
-    return [
-        Sample(sample.name, family.type, sample.labels, sample.value)
-        for family in text_string_to_metric_families(text)
-        for sample in family.samples
-        if sample.labels.get("conductor") == conductor.config.ray.name
-    ]
-
-
-RAYS_OWN = {"Component", "NodeAddress", "SessionName", "Version", "WorkerId", "conductor"}
-
-
-def shape(sample: Sample) -> tuple[str, str, frozenset[str]]:
-    own = {label for label in sample.labels if label not in RAYS_OWN and not label.startswith("otel_")}
-    return sample.name, sample.type, frozenset(own)
-
+from tests.support.scraping import REPORTED_WITHIN_S, asked_for, differences, documented, queries, scraped, shape, total
+from tests.support.talk import SHIPPED, until
 
 # --- a conductor that has seen everything -------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def conductor(conduct: Conduct, endless: Path, tmp_path: Path) -> Conductor:
-    """Host memory and disk for about one KV each."""
-    disk = {"directory": str(tmp_path / "kv"), "budget": "1MiB"}
-    models = {**SHIPPED, "endless": endless}
-    context = {"first_window": 256, "slots": 1}
-    return conduct(models, context=context, live_contexts=1, min_turn_ms=10, host_budget="1MiB", disk=disk)
-
-
-def live_through_everything(conductor: Conductor, kv_directory: Path) -> int:
-    """Ada's KV goes to disk and is damaged there, Bob's finds no place any more, and some are refused.
-
-    Returns the tokens that were generated.
-    """
-    call, generated = conductor.call, stand_still(conductor)
-    for id, model in (("ada", "coder"), ("bob", "reviewer"), ("cy", "documenter"), ("di", "coder")):
-        call("register", id, model, window=1024, service_class="best_effort" if id == "di" else "shared")
-    for id in ("ada", "bob"):
-        for prompt in PROMPTS:
-            generated += call("decode", id, prompt, max_tokens=24).generated_tokens
-    for id in ("cy", "di"):
-        *_, result = actors.stream(conductor.handle, id, PROMPTS[0] + PROMPTS[1], max_tokens=24)
-        assert isinstance(result, DecodeResult)
-        generated += result.generated_tokens
-    places = {agent.id: agent.kv for agent in call("list")}
-    assert places == {"ada": KvPlace.DISK, "bob": KvPlace.TOKENS, "cy": KvPlace.HOST, "di": KvPlace.SLOT}
-    [file] = [path for path in kv_directory.rglob("*") if path.is_file() and path.stat().st_size > 4096]
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
-    again = call("decode", "ada", "def more(x):", max_tokens=4)
-    assert again.recomputed_tokens > 0
-    with pytest.raises(AdmissionRefused):
-        call("register", "eve", "coder", window=100_000, service_class="guaranteed")
-    with pytest.raises(UnknownModel):
-        call("register", "eve", "coda")
-    with pytest.raises(AdmissionRefused):
-        call("reserve", "torch", 1 << 40)
-    return int(generated + again.generated_tokens)
-
-
-def stand_still(conductor: Conductor) -> int:
-    """One seat, a turn that never ends, and somebody else who wants it. Returns the tokens that were generated."""
-    call = conductor.call
-    for id in ("eli", "fay"):
-        call("register", id, "endless")
-    endless = conductor.handle.decode.remote("eli", "x", **ENDLESS)
-    eventually(lambda: conductor.is_busy("eli"), within_s=20)
-    other = call("decode", "fay", "x", max_tokens=4)
-    eventually(lambda: conductor.is_busy("eli"), within_s=20)
-    assert call("cancel", "eli") == 1
-    ended = ray.get(endless, timeout=60)
-    assert ended.pauses
-    for id in ("eli", "fay"):
-        call("unregister", id)
-    return int(ended.generated_tokens + other.generated_tokens)
+    return short_of_everything(conduct, endless, tmp_path)
 
 
 def test_every_metric_that_is_documented_is_exported_and_every_one_exported_is_documented(
@@ -131,22 +36,31 @@ def test_every_metric_that_is_documented_is_exported_and_every_one_exported_is_d
 ) -> None:
     generated = live_through_everything(conductor, tmp_path / "kv")
     expected = documented()
-    assert len(expected) == len(GAUGES) + len(COUNTERS)
+    assert len(expected) == len(GAUGES) + len(COUNTERS) + len(HISTOGRAMS)
     eventually(lambda: {shape(sample) for sample in scraped(conductor)} >= expected, REPORTED_WITHIN_S, every_s=0.5)
-    assert {shape(sample) for sample in scraped(conductor)} == expected
+    samples = scraped(conductor)
+    assert {shape(sample) for sample in samples} == expected
+    had = {(sample.name, label) for sample in samples for label in (*sample.labels, "")}
+    asked = {(name, label) for _, query in queries() for name, labels in asked_for(query) for label in (*labels, "")}
+    assert asked - had == set()
     with contextlib.suppress(AssertionError):
         eventually(lambda: wrong_after_everything(conductor, generated) == [], REPORTED_WITHIN_S, every_s=0.5)
     assert wrong_after_everything(conductor, generated) == []
 
 
 def wrong_after_everything(conductor: Conductor, generated: int) -> list[str]:
-    """What a scrape says otherwise than the status does, or than what was done says."""
-    samples, status = scraped(conductor), conductor.status()
-    expected = {
+    """What a scrape says otherwise than the status and the history do, or than what was done says."""
+    samples, status, history = scraped(conductor), conductor.status(), conductor.call("history")
+    happened = Sums(entry.kind for entry in history)
+    swapped_out = sum(entry.bytes for entry in history if entry.kind is Happening.SWAPPED_OUT)
+    return differences(samples, {
         "cap_bytes": status.ledger.max_bytes,
         "booked_bytes": status.ledger.allocated_bytes,
         "booked_bytes kind=external": 0,
         "device_total_bytes": status.device.total_bytes,
+        "mirror_state": 1,
+        "mirror_state state=equal": 1,
+        "models": 3,
         "estimate_error_ratio model=coder": 0,
         "agents": 4,
         "agents service_class=best_effort": 1,
@@ -155,38 +69,55 @@ def wrong_after_everything(conductor: Conductor, generated: int) -> list[str]:
         "kv_bytes place=host": status.host_memory.used_bytes,
         "kv_bytes place=disk": status.host_memory.disk_used_bytes,
         "kv_budget_bytes": 2 * MIB,
-        "admissions_total": 6,
+        "admissions_total": 8,
         "admissions_total service_class=shared": 5,
         "refusals_total": 2,
         "refusals_total call=register code=NEVER": 1,
         "refusals_total call=reserve code=NEVER": 1,
         "errors_total": 3,
         "errors_total call=register error=UnknownModel": 1,
-        "turns_total": 11,
+        "turns_total": 15,
         "turns_total finish_reason=cancelled": 1,
         "tokens_total kind=generated": generated,
         "pools": 1,
         "slots": 1,
         "slots state=busy": 0,
+        "swaps_total direction=on_to_disk": status.host_memory.moved_to_disk,
+        "swaps_total direction=in": happened[Happening.SWAPPED_IN],
+        "swaps_total": happened[Happening.SWAPPED_IN] + happened[Happening.SWAPPED_OUT],
+        "swap_bytes_total direction=out": swapped_out - (total(samples, "swap_bytes_total direction=on_to_disk") or 0),
+        "loads_total": happened[Happening.LOADED],
+        "parks_total": happened[Happening.PARKED],
         "kv_moved_to_disk_total": status.host_memory.moved_to_disk,
         "kv_dropped_total": status.host_memory.dropped,
         "kv_damaged_total": 1,
-    }
-    told = {text: total(samples, text) for text in expected}
-    return [f"{text}: {told[text]} is not {value}" for text, value in expected.items() if told[text] != value]
+        "turn_seconds_count": 15,
+        "time_to_first_token_seconds_count": 15,
+        "queue_seconds_count call=register": 8,
+        "queue_seconds_count call=turn": 15,
+        "swap_seconds_count": happened[Happening.SWAPPED_IN] + happened[Happening.SWAPPED_OUT],
+        "load_seconds_count": happened[Happening.LOADED],
+        "park_seconds_count": happened[Happening.PARKED],
+        # what is unloaded again before it is looked at has no error to be seen
+        "estimate_miss_ratio_bucket le=0.0001": total(samples, "estimate_miss_ratio_count") or -1,
+    })  # fmt: skip
 
 
-def total(samples: list[Sample], text: str) -> float | None:
-    """The sum over all samples of a name that have the labels; None if there are none."""
-    name, *pairs = text.split()
-    labels = dict(pair.split("=") for pair in pairs).items()
-    found = [s.value for s in samples if s.name == f"ray_vram_conductor_{name}" and labels <= s.labels.items()]
-    return sum(found) if found else None
+def test_what_has_not_happened_yet_is_told_as_nothing_so_that_a_rate_sees_the_first_time(conductor: Conductor) -> None:
+    def refusals() -> float | None:
+        return total(scraped(conductor), "refusals_total call=register code=NEVER")
+
+    before = eventually(refusals, REPORTED_WITHIN_S, every_s=0.5)
+    assert before is not None
+    assert before < 1e-9
+    with pytest.raises(AdmissionRefused):
+        conductor.call("register", "eve", "coder", window=100_000, service_class="guaranteed")
+    eventually(lambda: refusals() == 1, REPORTED_WITHIN_S, every_s=0.5)
 
 
 def test_a_gauge_follows_what_it_shows(conductor: Conductor) -> None:
-    def external() -> float:
-        return sum(s.value for s in scraped(conductor) if s.name.endswith("booked_bytes") and s.labels["kind"] == "external")
+    def external() -> float | None:
+        return total(scraped(conductor), "booked_bytes kind=external")
 
     reservation = conductor.call("reserve", "torch", 12345)
     eventually(lambda: external() == 12345, REPORTED_WITHIN_S, every_s=0.5)
@@ -201,8 +132,13 @@ class Paper:
     """A sink that keeps what it is told."""
 
     def __init__(self) -> None:
+        self.begun: list[Figure] = []
         self.gauges: dict[Figure, float] = {}
         self.counters: dict[Figure, int] = {}
+        self.observed: dict[Figure, list[float]] = {}
+
+    def begin(self, figure: Figure) -> None:
+        self.begun.append(figure)
 
     def set(self, figure: Figure, value: float) -> None:
         self.gauges[figure] = value
@@ -210,6 +146,10 @@ class Paper:
     def add(self, figure: Figure, more: int) -> None:
         assert more > 0
         self.counters[figure] = self.counters.get(figure, 0) + more
+
+    def observe(self, figure: Figure, value: float) -> None:
+        assert value >= 0
+        self.observed.setdefault(figure, []).append(value)
 
 
 class Torn(Paper):
@@ -229,7 +169,7 @@ async def test_what_goes_wrong_with_figures_is_logged_once_and_neither_hurts_a_c
 ) -> None:
     conductor, sink = await start(SHIPPED), Torn()
     metrics = Metrics(sink, period_s=0.01)
-    telling = asyncio.create_task(metrics.run(conductor.status))
+    telling = asyncio.create_task(metrics.run(conductor.status, conductor.history))
     metrics.admitted(await conductor.register("ada", "coder"))
     metrics.ended(await conductor.decode("ada", "def", max_tokens=2))
     metrics.ended(None)  # type: ignore[arg-type]
@@ -249,7 +189,9 @@ async def test_what_goes_wrong_with_figures_is_logged_once_and_neither_hurts_a_c
 
 async def test_gauges_are_told_for_what_nobody_has(start: Start) -> None:
     gauges = gauges_of(await (await start()).status())
-    assert {name for name, _ in gauges} == GAUGES.keys() - {"estimate_error_ratio", "pools", "slots"}
+    of_models = {"estimate_error_ratio", "home_bytes", "link_share", "pools", "slots"}
+    assert {name for name, _ in gauges} == GAUGES.keys() - of_models - {"mirror_booked_bytes", "mirror_difference_bytes"}
+    assert gauges["mirror_state", (MirrorState.UNMIRRORED.value,)] == 1
     assert len([1 for name, _ in gauges if name == "agents"]) == 12
     assert {values: value for (name, values), value in gauges.items() if name == "waiting"} == {("register",): 0, ("turn",): 0}
 
@@ -261,9 +203,40 @@ async def test_calls_are_counted_under_names_that_are_declared(start: Start) -> 
         await conductor.reserve("torch", 1 << 40)
     await conductor.register("ada", "coder")
     metrics.ended(await conductor.decode("ada", "def", max_tokens=2))
-    telling = asyncio.create_task(metrics.run(conductor.status))
+    telling = asyncio.create_task(metrics.run(conductor.status, conductor.history))
     await until(lambda: asyncio.sleep(0, sink.counters))
     telling.cancel()
     assert sink.counters[("refusals", ("reserve", "NEVER"))] == 1
-    for table, told in ((GAUGES, sink.gauges), (COUNTERS, sink.counters)):
+    assert sink.counters[("loads", ("coder", "file"))] == 1
+    assert {"load_seconds", "time_to_first_token_seconds", "estimate_miss_ratio"} <= {name for name, _ in sink.observed}
+    assert set(sink.begun) >= sink.counters.keys() - {figure for figure in sink.counters if figure[0] in ("errors", "loads")}
+    tables = ((GAUGES, sink.gauges), (COUNTERS, sink.begun), (COUNTERS, sink.counters), (HISTOGRAMS, sink.observed))
+    for table, told in tables:
         assert [figure for figure in told if len(table[figure[0]].labels) != len(figure[1])] == []
+
+
+async def test_weights_that_come_back_are_told_from_weights_that_come(start: Start) -> None:
+    status, sink = await (await start()).status(), Paper()
+    kinds = (Happening.LOADED, Happening.PARKED, Happening.LOADED, Happening.UNLOADED, Happening.LOADED, Happening.SWAPPED_IN)
+    entries = [HistoryEntry(n + 1, n, kind, None, ModelKey("m"), 5, 2000.0, "") for n, kind in enumerate(kinds)]
+    asked: list[int] = []
+
+    async def now() -> Status:
+        return status
+
+    async def since(number: int) -> tuple[HistoryEntry, ...]:
+        asked.append(number)
+        return tuple(entries[number : number + 2])
+
+    telling = asyncio.create_task(Metrics(sink, period_s=0).run(now, since))
+    await until(lambda: asyncio.sleep(0, len(asked) > 4))
+    telling.cancel()
+    assert asked[:5] == [0, 2, 4, 6, 6]
+    assert {figure: count for figure, count in sink.counters.items() if figure[1]} == {
+        ("loads", ("m", "file")): 2,
+        ("loads", ("m", "parked")): 1,
+        ("parks", ("m",)): 1,
+        ("swaps", ("in",)): 1,
+        ("swap_bytes", ("in",)): 5,
+    }
+    assert sink.observed[("load_seconds", ("parked",))] == [2.0]
