@@ -20,6 +20,7 @@ from typing_extensions import assert_never
 
 from conductor.backend.device import cap_bytes, physical_bytes
 from conductor.backend.engine import Closed, Engine, Moved
+from conductor.backend.llama import Unmovable
 from conductor.config import Config
 from conductor.core import actions, events
 from conductor.core.events import RequestId
@@ -230,13 +231,15 @@ class Executive:
             weights = await self._in(self._io_threads, self._engine.load, load.model, load.placement)
             event = events.ModelLoaded(id, weights, at_home=self._engine.is_at_home(id))
         except Exception as error:
-            event = events.ModelLoadFailed(id, own(error), at_home=self._engine.is_at_home(id))
+            unmovable = isinstance(error.__cause__, Unmovable)
+            event = events.ModelLoadFailed(id, own(error), at_home=self._engine.is_at_home(id), unmovable=unmovable)
         self.dispatch(event)
 
     async def _unload(self, unload: actions.UnloadModel) -> None:
         step_s: float | None = None
         try:
-            step_s = await self._in(self._io_threads, self._engine.unload, unload.model_id, unload.keep_home)
+            # Not behind loads: whoever waits for these bytes waits for milliseconds.
+            step_s = await self._in(self._pool_threads, self._engine.unload, unload.model_id, unload.keep_home)
         except Exception as error:  # whoever waits for the bytes must not wait for ever
             log.error("unloading a model", exc_info=error)
         await self._gave_back(events.ModelUnloaded(unload.model_id, step_s))

@@ -17,6 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
+import psutil
+
 from conductor import requests
 from conductor.backend.device import cap_bytes, margins
 from conductor.backend.engine import Engine
@@ -383,6 +385,6 @@ def _rules(config: Config, *, link_bytes_per_s: float) -> Rules:
         ageing_s=config.ageing_s,
         idle_shrink_s=config.idle_shrink_s,
         idle_ttl_s=config.idle_ttl_s,
-        home_bytes=config.home_budget if link_bytes_per_s else 0,
+        home_bytes=min(config.home_budget, psutil.virtual_memory().available) if link_bytes_per_s else 0,
         link_bytes_per_s=link_bytes_per_s,
     )

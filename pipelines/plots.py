@@ -1,6 +1,7 @@
-"""The streaming experiment as a picture: who copied and computed when, or what a sweep saved. Of the command line, the only import of matplotlib.
+"""The streaming experiment as a picture: who copied and computed when, or what a sweep saved.
 
-Lanes are told apart by hatching and by their place, lines by their marks, so that a print without colour can be read.
+The command line's only import of matplotlib. Lanes are told apart by hatching and by their place, lines by their marks, so that
+a print without colour can be read.
 """
 
 from __future__ import annotations

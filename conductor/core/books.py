@@ -262,7 +262,7 @@ class Books:
         if self._promise_is_broken(fitted):
             model.offers = offered
             self._forget_promise()
-            raise OverCap(self.prices.held_bytes(model) - offered[0].bytes, self.ledger.free_bytes)
+            raise OverCap(self.prices.weights_bytes(model.plan) - offered[0].bytes, self.ledger.free_bytes)
         self.homes.leave(model)
         model.placement, model.stays_whole = None, True
 

@@ -5,10 +5,12 @@ The half of a plan (`turns`) that takes; its rules (8) and (9). Plain values in,
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from conductor.core.events import TurnId
 from conductor.core.moment import LAST, Drain, LivePool, Park, Picture, Rank, Sitter, Step, WaitingTurn, Weights
+from conductor.core.placing import Choice
 from conductor.core.pools import PoolPhase
 from conductor.core.sessions import Phase
 from conductor.types import AgentId, ModelId, ModelState, PoolId
@@ -36,6 +38,10 @@ class Clearing:
         self._free_places, self._coming_places = picture.live_contexts - len(self._pools), len(going)
         self._gone = {pool.id for pool in going}
         self._claimed: set[PoolId] = set()
+        #: those who want to decode now, by pool
+        self._agents = Counter(turn.pool for turn in heads)
+        self._agents.update(sitter.pool for sitter in picture.sitters if sitter.phase is Phase.BUSY)
+        self._choices: dict[tuple[PoolId, tuple[tuple[int, int], ...], int], Choice | None] = {}
         #: models whose weights go, in this plan
         self._parked: set[ModelId] = set()
         #: models whose weights an earlier turn's pool needs: they are there, on their way, or have their room kept
@@ -75,8 +81,13 @@ class Clearing:
             elif sum(map(self._brings, soon)) >= missing:
                 self._awaited |= {pool.id for pool in soon}
 
-    def evict(self, bytes: int, *, for_turn: TurnId | None, last: frozenset[AgentId] = frozenset()) -> int:
-        """Empty and park what is idle, no more than brings `bytes`; pools of `last` only if need be. Returns what is missing."""
+    def evict(
+        self, bytes: int, *, for_turn: TurnId | None, last: frozenset[AgentId] = frozenset(), best_effort_only: bool = False
+    ) -> int:
+        """Empty and park what is idle, no more than brings `bytes`; pools of `last` only if need be. Returns what is missing.
+
+        `best_effort_only`: of pools, those in which nobody has a better promise.
+        """
         bytes -= self._weights_to_come(bytes)
         idle: list[LivePool | Weights] = [*self._idle_pools(), *self._idle_weights.values()]
         idle.sort(key=lambda it: (isinstance(it, LivePool) and self._is_of(it, last), *self._idle_gives_way(it)))
@@ -84,7 +95,8 @@ class Clearing:
             if bytes <= 0:
                 break
             if isinstance(it, LivePool):
-                bytes -= self.drain(it, for_turn)
+                keeps = best_effort_only and self._pool_gives_way(it)[0]
+                bytes -= 0 if keeps else self.drain(it, for_turn)
             else:
                 bytes -= it.bytes
                 del self._idle_weights[it.model_id]

@@ -72,6 +72,7 @@ class ModelLoadFailed:
     model_id: ModelId
     error: ConductorError
     at_home: bool = False  #: its weights are in host memory all the same
+    unmovable: bool = False  #: they do not let themselves be placed
 
 
 @dataclass(frozen=True, slots=True)

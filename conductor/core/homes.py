@@ -5,6 +5,7 @@ A model has one from the moment on when best-effort agents alone use it, as far 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 
 from conductor.core.estimate import ModelPlan
@@ -12,6 +13,7 @@ from conductor.core.ledger import Ledger
 from conductor.core.placing import Offer, offers
 from conductor.core.pool import GRANULE_BYTES
 from conductor.core.residency import Model
+from conductor.core.streaming import Placement
 from conductor.errors import InternalError
 from conductor.types import DeviceKind, Kind
 
@@ -46,6 +48,14 @@ class Homes:
         if model.step_s is not None or not model.offers:
             return model.step_s or 0.0
         return model.offers[-1].bytes / (self._link_bytes_per_s * MEMORY_OVER_LINK)
+
+    def offer_less(self, model: Model, tried: Placement) -> bool:
+        """The device had no room for what was tried: only smaller parts from now on; False if there are none."""
+        smaller = tuple(itertools.takewhile(lambda offer: offer.placement != tried, model.offers))
+        if not smaller or smaller == model.offers:
+            return False
+        model.offers = smaller
+        return True
 
     def leave(self, model: Model) -> None:
         """Its weights are in host memory no more."""

@@ -8,10 +8,11 @@ fits, by the measured link and step; docs/streaming.md has the measurements behi
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from conductor.core.streaming import Blocks, Placement, placement_bytes, placements, streamed_bytes, whole
+from conductor.core.streaming import Blocks, Placement, placement_bytes, placements, streamed_bytes
 
 #: A change of placement brings the whole placement over the link once more: it has to be worth that.
 WORTH_MOVING = 1.25
@@ -35,16 +36,19 @@ class Choice:
     tokens_per_s: float
 
 
+@functools.lru_cache(maxsize=64)
 def offers(blocks: Blocks, *, link_bytes_per_s: float, booked: int = 1) -> tuple[Offer, ...]:
-    """Every placement of a model, the least first. `booked`: the granules that the device hands memory out in."""
-    return tuple(
-        Offer(it, -(-placement_bytes(blocks, it) // booked) * booked, streamed_bytes(blocks, it) / link_bytes_per_s)
-        for it in placements(blocks)
-    )
+    """Every placement of a model that brings something, the least first. `booked`: the granules that the device gives out.
 
-
-def offer_of_whole(blocks: Blocks, *, booked: int = 1) -> Offer:
-    return Offer(whole(blocks), -(-blocks.whole_bytes // booked) * booked, 0.0)
+    One with more bytes, and no less to stream than another, brings nothing.
+    """
+    found: list[Offer] = []
+    for it in placements(blocks):
+        bytes = -(-placement_bytes(blocks, it) // booked) * booked
+        offer = Offer(it, bytes, streamed_bytes(blocks, it) / link_bytes_per_s)
+        if not found or offer.link_s < found[-1].link_s:
+            found.append(offer)
+    return tuple(found)
 
 
 def choose(

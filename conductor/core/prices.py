@@ -55,6 +55,8 @@ class Prices:
     def least_bytes(self, plan: ModelPlan) -> int:
         """Of what a turn cannot do without: all of them or, if they have a home or a newcomer will have one, the least part."""
         model = self._models.get(plan.id)
+        if plan.blocks is None:
+            return self.weights_bytes(plan)
         found = self._homes.offers(plan) if model is None else model.offers
         return found[0].bytes if found else self.weights_bytes(plan)
 

@@ -20,6 +20,7 @@ from conductor.core.rotation import Rotation
 from conductor.core.schedule import Schedule
 from conductor.core.seating import Seating
 from conductor.core.sessions import Agent, Phase, Stage
+from conductor.core.streaming import Placement, whole
 from conductor.errors import ConductorError, InternalError, RefusalCode, UnknownAgent
 from conductor.types import AgentId, ModelId, ModelState, PoolId, ServiceClass
 
@@ -59,7 +60,7 @@ class Roster:
         self._books.admit(agent, model)
         if loads:
             model.become("load")
-            model.placement = model.offers[-1].placement if model.at_home else None
+            model.placement = whole(spec.model.blocks) if model.at_home and spec.model.blocks else None
             return [*stayed, actions.LoadModel(spec.model, model.placement)]
         return [*stayed, *(self._settle_in(agent, at) if lazy or model.state is ModelState.RESIDENT else [])]
 
@@ -96,11 +97,24 @@ class Roster:
 
     def on_model_load_failed(self, event: events.ModelLoadFailed, at: float) -> list[actions.Action]:
         model = self._models[event.model_id]
+        tried = None if model.firm or not (event.at_home or event.unmovable) else model.placement
         model.become("load failed")
         model.at_home = event.at_home
         self._books.release_weights(model)
+        if tried is not None and self._may_do_with_another(model, tried, unmovable=event.unmovable):
+            return self._forget_model(model)  # turns wait for that
         todo = self._send_off(event.model_id, event.error)
         return todo + self._forget_model(model)
+
+    def _may_do_with_another(self, model: Model, tried: Placement, *, unmovable: bool) -> bool:
+        """What was tried cannot be had: a smaller part may do or, if none of the weights move, all of them."""
+        if not unmovable:
+            return self._books.homes.offer_less(model, tried)
+        try:
+            self._books.stay_whole(model)
+        except OverCap:
+            return False
+        return True
 
     def _send_off(self, model_id: ModelId, error: ConductorError) -> list[actions.Action]:
         """The model is not to be had: whoever waits for it, registered for a first time or with a turn, is told so."""

@@ -219,20 +219,22 @@ class _Plan(Clearing):
             return pool_bytes
         if model.offers:  # (11)
             wanted = self._wanted(turn, model, self._room_bytes)
-            self.evict(wanted - self.free_bytes - self.coming_bytes, for_turn=turn.id)
+            missing = wanted - self.free_bytes - self.coming_bytes
+            self.evict(missing, for_turn=turn.id, best_effort_only=True)  # nobody's promise gives way to what is lent
         return self._wanted(turn, model, self.free_bytes + self.coming_bytes)
 
     # --- how much of the weights ----------------------------------------------------------------------------------------
 
     def _best(self, turn: WaitingTurn, model: Weights, budget_bytes: int) -> Choice | None:
         """Of weights that have a home, the part to be had with the turn's pool; None of others, and if no part fits."""
-        agents = self._agents_of(turn.pool)
-        return choose(model.offers, _prices(turn), budget_bytes=budget_bytes, agents=agents, step_s=model.step_s)
-
-    def _agents_of(self, pool: PoolId) -> int:
-        """Those who want to decode there now."""
-        waiting = sum(other.pool == pool for other in self._heads)
-        return waiting + sum(sitter.phase is Phase.BUSY for sitter in self._sitters.get(pool, ()))
+        if not model.offers:
+            return None
+        asked = (turn.pool, turn.shapes, budget_bytes)
+        if asked not in self._choices:  # hundreds may wait for the same pool
+            agents, step_s = self._agents[turn.pool], model.step_s
+            found = choose(model.offers, _prices(turn), budget_bytes=budget_bytes, agents=agents, step_s=step_s)
+            self._choices[asked] = found
+        return self._choices[asked]
 
     def _wanted(self, turn: WaitingTurn, model: Weights, free_bytes: int) -> int:
         """What a pool for the turn and its model's weights together take: no more than is free, if that will do."""
@@ -255,13 +257,13 @@ class _Plan(Clearing):
 
     def _may_replace(self, pool: LivePool, turn: WaitingTurn) -> bool:
         """Whether another part of the weights is worth its coming once the pool is gone, and the pool may be emptied for that."""
-        model, agents = self._models[turn.model_id], self._agents_of(pool.id)
+        model, agents = self._models[turn.model_id], self._agents[pool.id]
         offer, over = model.offer, [it for it in self._pools.values() if it.model_id == turn.model_id]
         # Under another pool the weights would have to stay.
         if offer is None or len(over) > 1 or (not offer.placement.streams and pool.slots >= agents):
             return False
         now = speed_of(offer, slots=pool.slots, agents=agents, step_s=model.step_s)
-        return self._is_worth_moving(turn, model, self.free_bytes + pool.bytes, now=now) and self._may_rebuild(pool, turn)
+        return self._may_rebuild(pool, turn) and self._is_worth_moving(turn, model, self.free_bytes + pool.bytes, now=now)
 
     def _should_move(self, turn: WaitingTurn, model: Weights) -> bool:
         """Whether weights that no pool is over are worth being brought in another part than they are."""
@@ -273,7 +275,7 @@ class _Plan(Clearing):
 
         It has to say so after a pool was emptied for it as well as before: else that went for nothing, and again and again.
         """
-        offer, free, agents = model.offer, free_bytes + model.bytes, self._agents_of(turn.pool)
+        offer, free, agents = model.offer, free_bytes + model.bytes, self._agents[turn.pool]
         if model.firm or offer is None:
             return False
         best = self._best_of(turn, model, free)

@@ -43,8 +43,13 @@ class Backstage(ABC):
         self.hear(events.ModelLoaded(plan.id, measured, at_home=work.placement is not None))
 
     def stays_whole(self, plan: ModelPlan) -> None:
-        """It was to be placed, and its weights turned out to be none that move."""
-        self.engine.take(actions.LoadModel, plan.id)
+        """It was to be placed, and its weights turned out to be none that move: all of them are there, or none."""
+        work = self.engine.take(actions.LoadModel, plan.id)
+        assert isinstance(work, actions.LoadModel)
+        if work.placement is not None and work.placement.streams:
+            error = ModelLoadFailed(plan.path, "its layers cannot stream")
+            self.hear(events.ModelLoadFailed(plan.id, error, unmovable=True))
+            return
         self.engine.weights[plan.id] = plan.weights_bytes
         self.hear(events.ModelLoaded(plan.id, plan.weights_bytes))
 

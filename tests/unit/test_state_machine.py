@@ -208,10 +208,14 @@ class RandomWorld:
     def load(self, plan: ModelPlan, *, fails: bool) -> None:
         if fails:
             self.stage.load_failed(plan)
-        elif self.stage.state.models[plan.id].placement is not None and self.random.random() < 0.1:
+        elif self._may_not_move(plan) and self.random.random() < 0.1:
             self.stage.stays_whole(plan)
         else:
             self.stage.loaded(plan, weights=plan.weights_bytes + self.random.choice([-20, 0, 0, 0, 5, 40]))
+
+    def _may_not_move(self, plan: ModelPlan) -> bool:
+        """It is to be placed for the first time."""
+        return self.stage.state.models[plan.id].placement is not None and plan.id not in self.stage.engine.homes
 
     def open(self, pool: PoolId, *, fails: bool) -> None:
         if fails:

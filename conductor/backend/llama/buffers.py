@@ -57,11 +57,11 @@ class Buffer:
         return cls._allocated(_type_of_device(found), size) if found else None
 
     @classmethod
-    def in_host_memory(cls, size: int) -> Buffer | None:
+    def in_host_memory(cls, size: int, kind: DeviceKind = DeviceKind.CUDA) -> Buffer | None:
         """Page-locked where there is a GPU, which copies from it at the link's full rate; `pinned` tells."""
-        gpu = device(DeviceKind.CUDA)
-        kind = (_host_type_of_device(gpu) if gpu else None) or _type_of_device(device(DeviceKind.HOST))
-        return cls._allocated(kind, size)
+        gpu = device(DeviceKind.CUDA) if kind is DeviceKind.CUDA else None
+        memory = (_host_type_of_device(gpu) if gpu else None) or _type_of_device(device(DeviceKind.HOST))
+        return cls._allocated(memory, size)
 
     @classmethod
     def _allocated(cls, kind: Any, size: int) -> Buffer | None:

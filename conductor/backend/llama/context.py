@@ -115,6 +115,8 @@ class Context:
             with self._ring as ring:
                 code = _decode(self.handle, self.batch.filled())
                 ring.check()
+                if self.batch.count <= self.n_slots:
+                    ring.was_step()
         if code == 0:
             self.pending = False
         elif code == _NO_ROOM:

@@ -48,11 +48,13 @@ class Passage:
     bytes: int = 0
     waited_s: float = 0.0  #: for copies, with nothing to compute
     elapsed_s: float = 0.0  #: in decodes
+    steps: int = 0  #: that generated, and read no prompt
+    steps_s: float = 0.0  #: of them, beside the waiting
 
     @property
     def step_s(self) -> float | None:
-        """What a pass takes beside the waiting; None before the first."""
-        return (self.elapsed_s - self.waited_s) / self.passes if self.passes else None
+        """What a step that generates computes; None before the first."""
+        return self.steps_s / self.steps if self.steps else None
 
 
 class LayerRing:
@@ -87,8 +89,10 @@ class LayerRing:
         self._broken: BaseException | None = None
         #: no layer's nodes are asked about, and the next graph's may be
         self._outside = False
+        #: of this decode, a graph began with a node of another name: any node outside of layers may begin the next
+        self._unsure = False
         self._lock = threading.Lock()
-        self._began = 0.0
+        self._began = self._waited_before = 0.0
         self.passage = Passage()
         self.callback = ll.ggml_backend_sched_eval_callback(self._on_node)  # referenced as long as contexts have it
 
@@ -112,9 +116,14 @@ class LayerRing:
 
     def __enter__(self) -> LayerRing:
         self._lock.acquire()
-        self._outside, self._first = True, None
-        self._began = time.perf_counter()
+        self._outside, self._unsure, self._first = True, False, None
+        self._began, self._waited_before = time.perf_counter(), self.passage.waited_s
         return self
+
+    def was_step(self) -> None:
+        """Inside: the decode generated only."""
+        self.passage.steps += 1
+        self.passage.steps_s += time.perf_counter() - self._began - (self.passage.waited_s - self._waited_before)
 
     def __exit__(self, *_: object) -> None:
         self.passage.elapsed_s += time.perf_counter() - self._began
@@ -153,12 +162,13 @@ class LayerRing:
         name = _read(node + NAME_OFFSET)
         if self._first is None:
             self._first = name
-        if name == self._first:
+        if name == self._first or self._unsure:
             self._outside = False
             if 0 in self._position:
                 self._arrive(0)
 
     def _wants_end_of(self, layer: int) -> bool:
+        self._unsure |= self._outside
         self._outside = layer == self._last
         position = self._position.get(layer)
         if position is None:

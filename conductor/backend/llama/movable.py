@@ -84,7 +84,7 @@ class MovableWeights:
         self._stay = _Block([weight for weight in others if stays and weight.is_in_host_memory], room)
 
     def _copy_home(self) -> Buffer:
-        home = Buffer.in_host_memory(max(1, self.blocks.home_bytes))
+        home = Buffer.in_host_memory(max(1, self.blocks.home_bytes), self._kind)
         if home is None:
             raise LlamaError(f"{self.blocks.home_bytes} bytes of host memory for weights are not to be had")
         ctypes.memset(home.base, 0, home.bytes)  # what pads rows must be zeros: kernels read it

@@ -123,7 +123,7 @@ class GpuTransfers:
 def measure_link(kind: DeviceKind, *, bytes: int = _PROBE_BYTES) -> float:
     """Bytes a second from host memory, page-locked beside a GPU, to the device. Raises LlamaError if there is no room to try."""
     with contextlib.ExitStack() as undo:
-        home = _until_the_end(undo, Buffer.in_host_memory(bytes), bytes)
+        home = _until_the_end(undo, Buffer.in_host_memory(bytes, kind), bytes)
         target = _until_the_end(undo, Buffer.on_device(kind, bytes), bytes)
         transfers = transfers_into(target, kind)
         undo.callback(transfers.close)
