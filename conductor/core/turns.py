@@ -17,9 +17,9 @@ Turns come in order of precedence. For each waiting turn:
    and go one by one would keep it busy for ever;
 10. otherwise wait for turns to end. What was freed so far is kept: nobody behind takes it.
 
-Of weights that have a home in host memory a part is enough (`placing`): (11) what is idle gives way to as much of them as is
-worth having, what is busy only to the least that a turn can do with; (12) once a pool is idle, another part is brought if that
-makes many more tokens: more layers where memory became free, fewer where more agents came.
+Of weights that have a home in host memory a part is enough (`placing`): (11) what is idle and best effort gives way to as much
+of them as is worth having, all else only to the least that a turn can do with; (12) once a pool is idle, another part is brought
+if that makes many more tokens: more layers where memory became free, fewer where more agents came.
 
 A pool that others' turns could go on in is not emptied before it has been there for the minimum turn (`settled`): moving
 caches back and forth serves nobody. Guaranteed agents have pools of their own, which are always there: they only ever meet
