@@ -128,6 +128,7 @@ def test_where_nothing_is_installed_it_says_what_to_do_with_paths_that_are_there
     assert answers(target)
 
 
+@pytest.mark.slow
 def test_no_start_starts_nothing_even_if_it_is_installed(shell: Shell, tmp_path: Path) -> None:
     program = install(tmp_path / "bin", "prometheus")
     path = os.pathsep.join([str(program.parent), shell.environment["PATH"]])
@@ -175,6 +176,7 @@ def test_both_are_started_on_loopback_with_their_files_and_end_with_it(
     assert monitor.end(number) == (0, "")
 
 
+@pytest.mark.slow
 def test_a_prometheus_that_runs_already_is_used_and_not_started_again(shell: Shell, begin: Begin, tmp_path: Path) -> None:
     install(tmp_path / "bin", "prometheus")
     url = next(server["url"] for server in begin().report()["servers"] if server["name"] == "prometheus")
@@ -184,6 +186,7 @@ def test_a_prometheus_that_runs_already_is_used_and_not_started_again(shell: She
     assert report["prometheus_url"] == url
 
 
+@pytest.mark.slow
 def test_one_that_does_not_start_is_told_with_the_end_of_its_log_and_the_other_ends(begin: Begin, tmp_path: Path) -> None:
     install(tmp_path / "bin", "prometheus")
     program = install(tmp_path / "bin", "grafana-server")
@@ -194,6 +197,7 @@ def test_one_that_does_not_start_is_told_with_the_end_of_its_log_and_the_other_e
     assert stderr == ""
 
 
+@pytest.mark.slow
 def test_one_that_ends_by_itself_ends_it_all(begin: Begin, tmp_path: Path) -> None:
     install(tmp_path / "bin", "prometheus")
     install(tmp_path / "bin", "grafana-server")

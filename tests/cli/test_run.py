@@ -63,6 +63,7 @@ def half_broken(tmp_path: Path) -> Path:
 # --- with a service -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_final_text_is_the_output_and_the_costs_are_told_beside_it(service: Shell, tmp_path: Path) -> None:
     ran = service.conductor("run", "vote", "--input", TASK)
     assert (ran.returncode, ran.stdout) == (0, "def add(a, b):\n    return a + b\n")
@@ -79,6 +80,7 @@ def test_the_final_text_is_the_output_and_the_costs_are_told_beside_it(service: 
     assert step["cost"].keys() >= {"prompt_tokens", "generated_tokens", "queue_ms", "swap_bytes"}
 
 
+@pytest.mark.slow
 def test_a_step_that_fails_is_named_and_is_exit_code_1(service: Shell, half_broken: Path) -> None:
     ran = service.conductor("run", str(half_broken), "-i", TASK)
     assert (ran.returncode, ran.stdout) == (1, "def add(a, b):\n    return a + b\n")

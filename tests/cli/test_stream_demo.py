@@ -51,6 +51,7 @@ def alone(tmp_path: Path) -> Shell:
 # --- as it is meant -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_beside_a_conductor_it_books_and_says_so(service: Shell) -> None:
     shown = service.ok(*SMALL)
     assert "host (NumPy, 2 threads) – the conductor's device; 3 layers of 1.0 MiB through 2 buffers" in " ".join(shown.split())
@@ -72,6 +73,7 @@ def test_alone_it_shows_every_layer_and_draws_both_loops(alone: Shell, tmp_path:
     assert [path for path in alone.at_home() if "ray" in path.name] == []
 
 
+@pytest.mark.slow
 def test_a_sweep_shows_its_points_and_names_the_balance(alone: Shell, tmp_path: Path) -> None:
     picture = tmp_path / "sweep.svg"
     shown = alone.ok(*SMALL, "--alone", "--sweep", "--compute", "matmul", "--plot", str(picture))
@@ -86,6 +88,7 @@ def test_a_sweep_shows_its_points_and_names_the_balance(alone: Shell, tmp_path: 
 # --- done wrong ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_refused_with_the_numbers_and_a_way_out(service: Shell) -> None:
     refused = service.conductor("stream-demo", "--bytes-per-layer", "64MiB")
     assert (refused.returncode, refused.stdout) == (3, "")
@@ -97,6 +100,7 @@ def test_what_does_not_fit_is_refused_with_the_numbers_and_a_way_out(service: Sh
     assert (as_json.returncode, json.loads(as_json.stdout)["refusal"]["code"], as_json.stderr) == (3, "NEVER", "")
 
 
+@pytest.mark.slow
 def test_whoever_ends_it_gets_the_bytes_back(service: Shell) -> None:
     with service.begin(CONDUCTOR, *SMALL[:-1], "1000", "--compute-iters", "200") as demo:
         eventually(lambda: len(service.json("status")["ledger"]["reservations"]) == 1, within_s=60)

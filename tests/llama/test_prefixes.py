@@ -15,6 +15,7 @@ from conductor.backend.turn import Outgrown, Paused, TurnEnd, TurnOutcome
 from conductor.errors import TurnCancelled
 from conductor.types import KvPlace, Message, PoolId
 from tests.support.company import ARCHITECTURES, SPEC, same
+from tests.support.eventually import eventually
 from tests.support.growing import WITHIN_S, Stage, Talker, all_of
 
 pytestmark = pytest.mark.usefixtures("samplers_are_closed")
@@ -279,7 +280,10 @@ def test_one_takes_the_beginning_of_another_that_takes_a_longer_one_at_the_same_
     other.says(begins, max_tokens=1)
     began = other.cached
     with one.busy():
-        turns = [agent.begins(agent.request(**wants, max_tokens=30)) for agent, wants in zip((one, other), wanted, strict=True)]
+        turns = []
+        for n, (agent, wants) in enumerate(zip((one, other), wanted, strict=True), start=1):  # prompts are cut in several threads
+            turns.append(agent.begins(agent.request(**wants, max_tokens=30)))
+            eventually(lambda n=n: len(stage.engine._pools[pool].pool._joining) == n, 5)  # type: ignore[misc]
     outcomes = all_of(turns)
     for agent, outcome, fresh in zip((one, other), outcomes, expected, strict=True):
         assert same(stage, agent, outcome.tokens, fresh.tokens)

@@ -139,6 +139,7 @@ async def assert_true_proportions(page: Tab, conductor: Conductor) -> None:
     assert sum(size for _, size, _ in seen["parts"]) == status.device.total_bytes
 
 
+@pytest.mark.slow
 async def test_it_can_be_used_by_keyboard_on_a_phone_and_held_still(company: tuple[Conductor, Path]) -> None:
     conductor, config = company
     conductor.call("register", "ada", "endless")
@@ -180,6 +181,7 @@ async def test_it_can_be_used_by_keyboard_on_a_phone_and_held_still(company: tup
             assert page.complaints == []
 
 
+@pytest.mark.slow
 async def test_a_conductor_that_dies_is_said_and_the_next_one_is_shown(company: tuple[Conductor, Path]) -> None:
     conductor, config = company
     conductor.call("register", "ada", "endless")
@@ -198,6 +200,7 @@ async def test_a_conductor_that_dies_is_said_and_the_next_one_is_shown(company: 
         assert await page.js("document.querySelector('#connection').textContent") == "connection lost"
 
 
+@pytest.mark.slow
 async def test_an_address_that_others_can_reach_is_guarded_by_a_token(company: tuple[Conductor, Path]) -> None:
     _, config = company
     warning = "whoever has this address sees the board; it is not encrypted\n"

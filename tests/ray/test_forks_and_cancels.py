@@ -144,6 +144,7 @@ def two_on_one_seat(conduct: Conduct, endless: Path) -> Conductor:
     return conductor
 
 
+@pytest.mark.slow
 def test_who_does_not_read_gives_its_seat_up_and_misses_nothing(conduct: Conduct, endless: Path) -> None:
     conductor = two_on_one_seat(conduct, endless)
     options: dict[str, Any] = {"max_tokens": LONG, "context_shift": True}

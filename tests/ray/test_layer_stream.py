@@ -72,6 +72,7 @@ def test_it_is_refused_with_the_numbers_if_it_does_not_fit(conduct: Conduct) -> 
     assert held(conductor) == []
 
 
+@pytest.mark.slow
 def test_beside_others_it_is_refused_for_now(conduct: Conduct) -> None:
     conductor = conduct()
     conductor.call("reserve", "somebody", 55 * MIB)
@@ -81,6 +82,7 @@ def test_beside_others_it_is_refused_for_now(conduct: Conduct) -> None:
     assert [holder.holder for holder in refused.value.refusal.holders if holder.bytes] == ["somebody"]
 
 
+@pytest.mark.slow
 def test_layers_that_host_memory_cannot_hold_are_refused_before_anything_is_booked(conduct: Conduct) -> None:
     conductor = conduct()
     too_much = psutil.virtual_memory().total // (64 * MIB) + 1
@@ -89,6 +91,7 @@ def test_layers_that_host_memory_cannot_hold_are_refused_before_anything_is_book
     assert held(conductor) == []
 
 
+@pytest.mark.slow
 def test_whoever_stops_reading_ends_the_task_and_its_booking(conduct: Conduct) -> None:
     conductor = conduct()
     with contextlib.closing(stream_layers(ENDLESS, HERE, conductor=conductor.handle)) as items:
@@ -114,6 +117,7 @@ def _is_our_task(process: psutil.Process) -> bool:
     return "_stream_layers" in name and psutil.Process() in process.parents()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("cupy") is not None, reason="CuPy is installed")
 def test_without_cupy_it_says_what_to_install_and_leaves_nothing_booked(conduct: Conduct) -> None:
     conductor = conduct(device={"kind": "host", "host_bytes": "1GiB"})

@@ -93,6 +93,7 @@ def test_the_coder_is_not_asked_again_if_the_review_found_nothing(conductor: Con
     assert result.text == result.step("code").text
 
 
+@pytest.mark.slow
 def test_the_other_examples_run_on_the_shipped_models(conductor: Conductor) -> None:
     inputs: dict[str, dict[str, str]] = {"vote": {"question": TASK}, "debate": {"question": TASK}, "map": {}}
     done = {name: run(load(name), given, conductor=conductor.handle) for name, given in inputs.items()}
@@ -262,6 +263,7 @@ def test_whatever_a_listener_raises_nobody_stays(conductor: Conductor) -> None:
     assert names(conductor) == []
 
 
+@pytest.mark.slow
 def test_an_agent_that_is_killed_at_work_fails_its_step_and_no_other(conduct: Conduct, endless: Path) -> None:
     conductor = conduct({"endless": {"path": str(endless), "context_shift": True}})
     doomed = actors.spawn_agent("doomed", "endless", conductor=conductor.handle)

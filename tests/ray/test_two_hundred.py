@@ -184,6 +184,7 @@ def crowded(conduct: Conduct, tmp_path: Path) -> Conductor:
 # --- what must hold -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 10))])
 def test_two_hundred_who_come_from_twenty_processes_are_answered_in_time_and_leave_nothing(crowded: Conductor, seed: int) -> None:
     rng = random.Random(seed)
