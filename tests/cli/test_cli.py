@@ -204,6 +204,7 @@ def test_bad_input_is_exit_code_2(service: Service, command: tuple[str, ...], me
     assert message in failed.stderr
 
 
+@pytest.mark.slow
 def test_whoever_ends_a_command_that_waits_for_room_waits_no_longer(service: Service) -> None:
     whole_device = service.conductor("register", "ada", "coder", "--window", "100000", "--class", "guaranteed", "--json")
     window = json.loads(whole_device.stdout)["refusal"]["largest_window"]
@@ -218,12 +219,14 @@ def test_whoever_ends_a_command_that_waits_for_room_waits_no_longer(service: Ser
     assert service.json("list") == []
 
 
+@pytest.mark.slow
 def test_an_id_that_looks_like_markup_is_shown_as_it_is(service: Service) -> None:
     assert "[/red]x" in service.ok("register", "[/red]x", "coder")
     assert "[/red]x" in service.ok("status")
     assert service.ok("unregister", "[/red]x") == "unregistered [/red]x\n"
 
 
+@pytest.mark.slow
 def test_another_path_to_a_file_is_the_same_model(service: Service) -> None:
     service.ok("register", "ada", "coder")
     service.ok("register", "bob", "./link", cwd=service.models)  # relative to where the command runs, and a symlink
@@ -342,6 +345,7 @@ def test_an_estimate_adds_up_without_a_service(alone: Service) -> None:
     assert "slots: 257 is outside 1 to 256" in refused.stderr
 
 
+@pytest.mark.slow
 def test_an_estimate_for_slots_counts_their_agents_and_searches_the_largest_window(alone: Service) -> None:
     asked = ("estimate", "coder", "--slots", "4", "--config", str(alone.config))
     estimate = alone.json(*asked, "--window", "512", "--window", "100000")

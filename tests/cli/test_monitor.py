@@ -115,6 +115,7 @@ def begin(shell: Shell, tmp_path: Path) -> Iterator[Begin]:
 # --- nothing installed ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_where_nothing_is_installed_it_says_what_to_do_with_paths_that_are_there(shell: Shell) -> None:
     said = shell.ok("monitor")
     for page in ("https://prometheus.io/download/", "https://grafana.com/grafana/download"):
@@ -145,6 +146,7 @@ def test_no_start_starts_nothing_even_if_it_is_installed(shell: Shell, tmp_path:
 # --- stand-ins installed --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_both_are_started_on_loopback_with_their_files_and_end_with_it(
     shell: Shell, begin: Begin, tmp_path: Path, number: signal.Signals

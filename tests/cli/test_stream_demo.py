@@ -64,6 +64,7 @@ def test_beside_a_conductor_it_books_and_says_so(service: Shell) -> None:
     assert (told["reservation"] is None, len(told["copy_ms"]), len(told["overlapped"]["copies"])) == (False, 3, 3)
 
 
+@pytest.mark.slow
 def test_alone_it_shows_every_layer_and_draws_both_loops(alone: Shell, tmp_path: Path) -> None:
     picture = tmp_path / "overlap.png"
     shown = alone.ok(*SMALL, "--alone", "--plot", str(picture))

@@ -67,6 +67,7 @@ def test_a_file_that_changes_between_its_price_and_its_load_is_refused(trial: Tr
         assert outcome.name in ("BadModelFile", "ModelLoadFailed"), mutant
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "template",
     [

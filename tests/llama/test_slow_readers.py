@@ -86,6 +86,7 @@ async def test_what_waits_for_a_reader_is_bounded_and_comes_as_one_chunk(start: 
     await rest_of(stream)
 
 
+@pytest.mark.slow
 async def test_a_held_turn_gives_its_seat_up_at_once_and_goes_on_later(start: Start, tmp_path: Path) -> None:
     conductor = await two(start, tmp_path, slots=1, min_turn_ms=600_000)
     stream = await begun(conductor, "slow", max_tokens=LONG)
@@ -114,6 +115,7 @@ async def waits(conductor: GpuConductor, agent: str) -> bool:
     return agent in {turn.agent_id for turn in (await conductor.status()).waiting}
 
 
+@pytest.mark.slow
 async def test_a_reader_of_a_turn_that_is_over_has_no_say_in_its_agents_next(start: Start, tmp_path: Path) -> None:
     conductor = await two(start, tmp_path, slots=2)
     first = await begun(conductor, "slow", max_tokens=LONG)

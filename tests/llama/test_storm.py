@@ -56,6 +56,7 @@ async def test_random_requests_are_all_accounted_for_and_everything_comes_to_res
     assert (status.agents, status.models, status.pools) == ((), (), ())
 
 
+@pytest.mark.slow
 async def test_more_agents_than_seats_take_turns_and_each_says_what_it_says_alone(start: Start, tmp_path: Path) -> None:
     """With the same batch shape: one seat, so that every step has one sequence."""
     models = {"tiny": write_tiny_gguf(tmp_path / "tiny.gguf", n_layer=6)}

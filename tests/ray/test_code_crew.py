@@ -45,6 +45,7 @@ def test_all_three_answer_and_leave(conductor: Conductor) -> None:
     assert result.to_json().keys() == {"request", "code", "review", "documentation", "turns"}
 
 
+@pytest.mark.slow
 def test_nobody_stays_when_one_role_cannot_come(conductor: Conductor) -> None:
     with pytest.raises(UnknownModel) as unknown, CodeCrew(conductor.handle, models={**ROLES, "documenter": "poet"}):
         pytest.fail("a crew of two began to work")
@@ -57,6 +58,7 @@ def test_nobody_stays_when_one_role_cannot_come(conductor: Conductor) -> None:
     assert conductor.call("release", held) == 52 << 20
 
 
+@pytest.mark.slow
 def test_everybody_leaves_when_the_work_fails(conductor: Conductor) -> None:
     def interrupt(role: str, turn: DecodeResult) -> None:
         raise KeyboardInterrupt(role)

@@ -29,6 +29,7 @@ from tests.support.tiny_gguf import write_tiny_gguf
 # --- starting ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_conductor_that_finds_every_gpu_taken_says_so_and_leaves_nothing(vram_resource: str, tmp_path: Path) -> None:
     config = config_of(vram_resource, tmp_path, {}, device={"kind": "auto"})
     holder = ray.remote(num_cpus=0, num_gpus=1)(Bystander).remote()

@@ -118,6 +118,7 @@ def test_a_ray_that_cannot_change_a_running_node_is_unmirrored_and_says_what_to_
     assert unstarted.status().ledger_mib == 100
 
 
+@pytest.mark.slow
 def test_an_unmirrored_mirror_takes_up_its_work_once_the_node_advertises(unstarted: Mirror) -> None:
     unstarted.start(private_api=False)
     unstarted.want(a=100)

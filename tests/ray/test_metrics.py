@@ -103,6 +103,7 @@ def wrong_after_everything(conductor: Conductor, generated: int) -> list[str]:
     })  # fmt: skip
 
 
+@pytest.mark.slow
 def test_what_has_not_happened_yet_is_told_as_nothing_so_that_a_rate_sees_the_first_time(conductor: Conductor) -> None:
     def refusals() -> float | None:
         return total(scraped(conductor), "refusals_total call=register code=NEVER")
@@ -115,6 +116,7 @@ def test_what_has_not_happened_yet_is_told_as_nothing_so_that_a_rate_sees_the_fi
     eventually(lambda: refusals() == 1, REPORTED_WITHIN_S, every_s=0.5)
 
 
+@pytest.mark.slow
 def test_a_gauge_follows_what_it_shows(conductor: Conductor) -> None:
     def external() -> float | None:
         return total(scraped(conductor), "booked_bytes kind=external")

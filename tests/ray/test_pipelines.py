@@ -210,6 +210,7 @@ def test_a_map_goes_on_with_as_many_agents_as_were_admitted(conductor: Conductor
 # --- ending early -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_cancelled_run_ends_its_turns_and_lets_its_agents_go(conduct: Conduct, endless: Path) -> None:
     conductor = conduct({"endless": {"path": str(endless), "context_shift": True}})
     work = Pipeline(

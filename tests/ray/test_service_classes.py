@@ -280,6 +280,7 @@ def test_a_turn_that_waits_is_seen_and_gives_up_in_time_with_the_session_as_it_w
 # --- idling -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_agent_that_idles_too_long_is_let_go_and_comes_back_when_it_is_asked(conduct: Conduct) -> None:
     device = {"kind": "host", "host_bytes": "64MiB", "reread_s": 0.05}
     conductor = conduct(SHIPPED, idle_ttl_s=0.5, device=device)

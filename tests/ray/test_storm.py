@@ -120,6 +120,7 @@ def stream_for_ever(conductor: Any, name: str, pid_file: str) -> None:
         os.replace(f"{pid_file}.new", pid_file)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("requests", [25, pytest.param(50, marks=pytest.mark.slow)])
 def test_all_requests_are_accounted_for_while_others_are_killed_and_nothing_is_left(
     conduct: Conduct, tmp_path: Path, requests: int

@@ -139,6 +139,7 @@ class LedgerAgainstADict(RuleBasedStateMachine):
             assert self.ledger.parts_bytes(id) == leases[id] - self.model[id]
 
 
+@pytest.mark.slow
 def test_ten_thousand_random_operations_agree_with_a_dict() -> None:
     LedgerAgainstADict.operations = 0
     run_state_machine_as_test(
