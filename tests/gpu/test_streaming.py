@@ -69,4 +69,3 @@ def test_parked_weights_leave_nothing_on_the_device_and_come_back(tmp_path: Path
         assert 0 <= taken - moving.blocks.whole_bytes < 4 * MIB
         moving.park()
         assert device.read().free_bytes == parked
-        assert moving.link_bytes_per_s

@@ -12,8 +12,10 @@ import pytest
 from conductor.backend import turn_run
 from conductor.backend.llama import Sampler
 from conductor.types import DecodeRequest, PoolId
+from tests.conftest import Start
 from tests.support.company import SPEC
 from tests.support.growing import Stage, Talker, stage
+from tests.support.larger import Begin, begins, write_large
 from tests.support.parrot import write_parrot
 from tests.support.tiny_gguf import write_tiny_gguf
 
@@ -46,6 +48,17 @@ def on_stage(tmp_path: Path) -> Iterator[OnStage]:
     with ExitStack() as stages:
         yield lambda path, **options: stages.enter_context(stage(path, tmp_path, **{"disk": DISK} | options))
     assert [file for file in tmp_path.glob("kv/**/*") if file.is_file()] == []
+
+
+@pytest.fixture(scope="session")
+def large_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return write_large(tmp_path_factory.mktemp("large"))
+
+
+@pytest.fixture
+def begin(start: Start, large_models: dict[str, Path]) -> Begin:
+    """A conductor on a host device of fewer bytes than its models have."""
+    return begins(start, large_models)
 
 
 @pytest.fixture

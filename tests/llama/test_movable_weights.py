@@ -34,7 +34,6 @@ from tests.support.moving import (
     weights,
     write,
 )  # fmt: skip
-from tests.support.tiny_gguf import write_tiny_gguf
 
 PAIR = Placement(0, LEAST_SLOTS)
 
@@ -256,14 +255,6 @@ def test_passes_are_rehearsed_between_decodes(llama: Model) -> None:
 
 
 # --- what is measured -----------------------------------------------------------------------------------------------------
-
-
-def test_what_came_to_the_device_tells_how_fast_the_link_is(tmp_path: Path) -> None:
-    with loaded(write_tiny_gguf(tmp_path / "m.gguf", n_layer=3, n_embd=256, n_ff=512)) as model:
-        assert weights(model).link_bytes_per_s is None
-        weights(model).place(whole(weights(model).blocks))
-        assert 1e7 < (weights(model).link_bytes_per_s or 0) < 1e12
-        assert not weights(model).pinned
 
 
 def test_long_prompts_pass_in_as_many_passes_as_steps(llama: Model) -> None:

@@ -20,7 +20,6 @@ from conductor.core.streaming import Placement
 from conductor.errors import AdmissionRefused, RefusalCode
 from conductor.gpu_conductor import GpuConductor
 from conductor.types import AgentId, Chunk, ContextSpec, DecodeResult, DeviceKind, Kind, ModelState, PoolId
-from tests.conftest import Start
 from tests.support.growing import Talker, all_of
 from tests.support.larger import (
     CREW,
@@ -31,26 +30,13 @@ from tests.support.larger import (
     TURNS,
     Begin,
     alone,
-    begins,
     converses,
     held_bytes,
     joins,
     residency,
     says,
     watched,
-    write_large,
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return write_large(tmp_path_factory.mktemp("large"))
-
-
-@pytest.fixture
-def begin(start: Start, models: dict[str, Path]) -> Begin:
-    return begins(start, models)
-
 
 # --- the same words -----------------------------------------------------------------------------------------------------
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from pathlib import Path
 
 import pytest
 
@@ -11,7 +10,6 @@ from conductor.backend.llama import Unmovable
 from conductor.errors import DecodeFailed, ModelLoadFailed, TurnCancelled, TurnTimedOut
 from conductor.gpu_conductor import GpuConductor
 from conductor.types import FinishReason
-from tests.conftest import Start
 from tests.support import moving
 from tests.support.larger import (
     CREW,
@@ -19,27 +17,14 @@ from tests.support.larger import (
     SMALL,
     Begin,
     alone,
-    begins,
     held_bytes,
     joins,
     recomputed,
     residency,
     says,
-    write_large,
 )  # fmt: skip
 from tests.support.moving import Failing
 from tests.support.talk import ENDLESS, agent_of, is_busy, until
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return write_large(tmp_path_factory.mktemp("large"))
-
-
-@pytest.fixture
-def begin(start: Start, models: dict[str, Path]) -> Begin:
-    return begins(start, models)
-
 
 # --- what ends early, and what fails ------------------------------------------------------------------------------------
 

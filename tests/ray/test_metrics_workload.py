@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -113,7 +113,7 @@ def scrape_while(workload: Workload) -> list[list[Sample]]:
             assert {figure for figure, value in before.items() if now.get(figure, -1) < value} == set()
             scrapes.append(samples)
             before = now
-            time.sleep(0.5)
+            wait([running], timeout=0.5)
         running.result()
     return scrapes
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ctypes
 import re
-import time
 from typing import Any
 
 from conductor.backend.llama.binding import LlamaError
@@ -24,8 +23,6 @@ from conductor.types import DeviceKind
 
 #: the weights of layer i; what llama.cpp is told to leave in host memory
 LAYER_PATTERN = r"^blk\.(\d+)\."
-
-_WORTH_TIMING_BYTES = 1 << 20
 
 
 class _Block:
@@ -59,8 +56,6 @@ class MovableWeights:
         self._transfers: Transfers | None = None
         self.placement: Placement | None = None
         self.ring: LayerRing | None = None
-        #: of the last time that weights were brought to the device
-        self.link_bytes_per_s: float | None = None
         self._home = self._copy_home()
         try:
             self._go_home()
@@ -133,15 +128,13 @@ class MovableWeights:
     def _fill(self, window: Buffer, transfers: Transfers, placement: Placement, *, overlap: bool) -> None:
         """Head, resident layers, slots, in this order."""
         n, streamed = len(self._layers), streamed_layers(len(self._layers), placement.resident)
-        began, tickets, end = time.perf_counter(), list[Ticket](), 0
+        tickets, end = list[Ticket](), 0
         for block in (self._head, *(self._layers[layer] for layer in range(n) if layer not in streamed)):
             tickets.append(transfers.copy(end, self._home.base + block.at_home, block.bytes))
             block.move_to(window, end)
             end += block.bytes
         for ticket in tickets:
             transfers.wait(ticket)
-        if end > _WORTH_TIMING_BYTES:
-            self.link_bytes_per_s = end / (time.perf_counter() - began)
         if streamed:
             self.ring = self._ring_at(end, window, transfers, placement, overlap=overlap)
             self.ring.fill()
