@@ -67,13 +67,16 @@ async def one_and_several(conductor: GpuConductor, kind: str) -> list[tuple[int,
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_all_who_share_a_pass_say_the_same_whatever_part_of_the_weights_is_there(models: dict[str, Path], kind: str) -> None:
+def test_all_who_share_a_pass_say_the_same_whatever_part_of_the_weights_is_there(
+    large_models: dict[str, Path], kind: str
+) -> None:
+    path = large_models[kind]
     config = parse_config(
-        {"device": {"kind": "host", "host_bytes": ROOMY}, "threads": 1, "model_dirs": [str(models[kind].parent)]},
-        source="test", directory=models[kind].parent,
+        {"device": {"kind": "host", "host_bytes": ROOMY}, "threads": 1, "model_dirs": [str(path.parent)]},
+        source="test", directory=path.parent,
     )  # fmt: skip
     engine = Engine(config)
-    plan = Catalog(config).plan(str(models[kind]), DeviceKind.HOST)
+    plan = Catalog(config).plan(str(path), DeviceKind.HOST)
     said = []
     for placement in (Placement(8, 0), Placement(0, 2), Placement(3, 4)):
         assert engine.load(plan, placement) == engine.used_bytes()
