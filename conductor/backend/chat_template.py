@@ -45,7 +45,7 @@ class ChatTemplate:
 
     def render(self, messages: Sequence[Message]) -> list[Piece]:
         """The conversation so far and the opening of the assistant's answer. Raises ChatTemplateFailed."""
-        mark = secrets.token_hex(8)
+        mark = f"x{secrets.token_hex(8)}x"  # letters at its ends: no digit of it is taken for one of the number's
         hidden: list[str] = []
 
         def hide(match: re.Match[str]) -> str:
