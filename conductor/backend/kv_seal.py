@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -63,11 +63,12 @@ class Seal:
         payload: ByteArray,
         parts: tuple[tuple[int, int], ...] | None = None,
         *,
+        helpers: Executor | None = None,
         between: Callable[[], None] | None = None,
     ) -> Seal:
-        """`parts`: None for all of it. `between`: called before each chunk, and may wait."""
+        """`parts`: None for all of it. `helpers`, `between`: as `checksum` has them."""
         parts = ((0, payload.nbytes),) if parts is None else parts
-        return cls(label, payload.nbytes, checksum(*_cut(payload, parts), between=between), parts)
+        return cls(label, payload.nbytes, checksum(*_cut(payload, parts), helpers=helpers, between=between), parts)
 
     def require_label(self, label: Label) -> None:
         """Raises DamagedBlob."""
@@ -77,9 +78,9 @@ class Seal:
         if wrong:
             raise DamagedBlob(f"it was saved for something else: {', '.join(wrong)}")
 
-    def require_payload(self, payload: ByteArray) -> None:
+    def require_payload(self, payload: ByteArray, *, helpers: Executor | None = None) -> None:
         """Raises DamagedBlob."""
-        if payload.nbytes != self.bytes or checksum(*_cut(payload, self.parts)) != self.checksum:
+        if payload.nbytes != self.bytes or checksum(*_cut(payload, self.parts), helpers=helpers) != self.checksum:
             raise DamagedBlob("its checksum does not match")
 
 
@@ -87,25 +88,39 @@ def _cut(payload: ByteArray, parts: tuple[tuple[int, int], ...]) -> list[ByteArr
     return [payload[start:end] for start, end in parts]
 
 
-def checksum(*payloads: ByteArray, between: Callable[[], None] | None = None) -> int:
+def start_helpers(purpose: str) -> ThreadPoolExecutor:
+    """Threads for `checksum`, which stay: starting them for each would hold up whoever the bytes are for."""
+    return ThreadPoolExecutor(max(1, _THREADS - 1), thread_name_prefix=purpose)
+
+
+def checksum(*payloads: ByteArray, helpers: Executor | None = None, between: Callable[[], None] | None = None) -> int:
     """xxh3_64 over the xxh3_64 of each chunk, so that threads can share the work.
+
+    `helpers` take part where there is much of it. `between`: called before each chunk, in any of them, and may wait.
 
     `update` of an object made empty is the call that gives up the interpreter lock in every xxhash since 3.0; the one-line
     functions do so since 4.0 only. So no other thread of Python waits for a hash.
     """
-    chunks = itertools.chain.from_iterable(map(_chunks, payloads))
+    chunks = [chunk for payload in payloads for chunk in _chunks(payload)]
+    digests = [b""] * len(chunks)
+    places = itertools.count()  # `next` of it is one step, whichever thread takes it
 
-    def digest(chunk: ByteArray) -> bytes:
-        if between is not None:
-            between()
-        return _digest(chunk)
+    def work() -> None:
+        while (place := next(places)) < len(chunks):
+            if between is not None:
+                between()
+            digests[place] = _digest(chunks[place])
 
-    if sum(payload.nbytes for payload in payloads) < _PARALLEL_BYTES or _THREADS == 1:
-        digests = b"".join(map(digest, chunks))
-    else:
-        with ThreadPoolExecutor(_THREADS, thread_name_prefix="kv-checksum") as pool:
-            digests = b"".join(pool.map(digest, chunks))
-    return xxhash.xxh3_64_intdigest(digests)
+    others = []
+    if helpers is not None and sum(payload.nbytes for payload in payloads) >= _PARALLEL_BYTES:
+        others = [helpers.submit(work) for _ in range(_THREADS - 1)]
+    try:
+        work()
+    finally:
+        wait(others)  # whatever happens, nobody looks at the bytes afterwards
+    for other in others:
+        other.result()
+    return xxhash.xxh3_64_intdigest(b"".join(digests))
 
 
 def _chunks(payload: ByteArray) -> Iterator[ByteArray]:

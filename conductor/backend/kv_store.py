@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
@@ -19,7 +19,7 @@ import numpy as np
 
 from conductor.backend.kv_arena import KvArena, Span
 from conductor.backend.kv_disk import KvDisk, KvFile
-from conductor.backend.kv_seal import DamagedBlob, Label, Seal
+from conductor.backend.kv_seal import DamagedBlob, Label, Seal, start_helpers
 from conductor.backend.precedence import Precedence
 from conductor.errors import InternalError
 from conductor.types import KvPlace
@@ -36,8 +36,8 @@ _PIECE_BYTES = 16 << 20
 
 #: what is smaller is sealed and checked sooner than a thread would have begun with it
 _WORTH_A_THREAD_BYTES = 1 << 20
-#: Each of them has those of `kv_seal` work for it. Who seals may have to wait for whoever has bytes in view, who may wait for
-#: a check: those have threads of their own.
+#: Who seals may have to wait for whoever has bytes in view, who may wait for a check: those have threads of their own, and
+#: helpers of their own.
 _SEALERS, _CHECKERS = 2, 4
 
 #: Copies a KV into a place and tells its form. None: it is all one part, and there is nothing to be known of it.
@@ -71,6 +71,7 @@ class KvStore:
         self._disk = disk
         self._sealers = ThreadPoolExecutor(_SEALERS, thread_name_prefix="kv-seal")
         self._checkers = ThreadPoolExecutor(_CHECKERS, thread_name_prefix="kv-check")
+        self._seal_helpers, self._check_helpers = start_helpers("kv-seal-help"), start_helpers("kv-check-help")
         self._precedence = Precedence()  #: of checks: somebody waits for them
         self._blobs: set[Blob] = set()
         self._lock = threading.Lock()  # which blobs there are and where each is; held for moments
@@ -125,7 +126,7 @@ class KvStore:
             if unchecked and blob.bytes >= _WORTH_A_THREAD_BYTES and blob.place is KvPlace.HOST:
                 checked = self._checkers.submit(self._check, seal, payload)
             else:
-                seal.require_payload(payload)
+                seal.require_payload(payload, helpers=self._check_helpers)
             shown = payload.view()
             shown.flags.writeable = False
             try:
@@ -136,7 +137,7 @@ class KvStore:
 
     def _check(self, seal: Seal, payload: ByteArray) -> None:
         with self._precedence.first():
-            seal.require_payload(payload)
+            seal.require_payload(payload, helpers=self._check_helpers)
 
     def to_disk(self, blob: Blob) -> bool:
         """Move the blob to a file and free its place in the arena. False, the blob as it was, if the disk does not take it."""
@@ -178,7 +179,7 @@ class KvStore:
 
     def close(self) -> None:
         """Delete the own files."""
-        for threads in (self._sealers, self._checkers):
+        for threads in (self._sealers, self._checkers, self._seal_helpers, self._check_helpers):
             threads.shutdown()
         if self._disk:
             self._disk.close()
@@ -217,7 +218,7 @@ class KvStore:
         """Whoever wants to know waits for the seal, so there is one to be had whatever happens, if only an error."""
         try:
             with self._arena.open(span) as payload:
-                _seal(blob, payload, between=self._precedence.give_way)
+                _seal(blob, payload, helpers=self._seal_helpers, between=self._precedence.give_way)
         except BaseException as error:
             blob.sealed.set_exception(error)
             raise
@@ -241,7 +242,7 @@ class KvStore:
     def _write_to_disk(self, blob: Blob, file: KvFile, payload: ByteArray) -> Blob | None:
         with ExitStack() as undo:
             undo.callback(self._files.release, file)
-            _seal(blob, payload)
+            _seal(blob, payload, helpers=self._seal_helpers)
             if not self._files.save(file, blob.seal, [payload]):
                 return None
             undo.pop_all()
@@ -284,7 +285,8 @@ class KvStore:
             raise InternalError(f"a saved KV of {blob.bytes} bytes that is not here, or was freed")
 
 
-def _seal(blob: Blob, payload: ByteArray, *, between: Callable[[], None] | None = None) -> None:
+def _seal(blob: Blob, payload: ByteArray, *, helpers: Executor | None = None, between: Callable[[], None] | None = None) -> None:
     if blob.form is not None:
         blob.form = blob.form.packed(payload)
-    blob.sealed.set_result(Seal.of(blob.label, payload, blob.form.parts if blob.form else None, between=between))
+    parts = blob.form.parts if blob.form else None
+    blob.sealed.set_result(Seal.of(blob.label, payload, parts, helpers=helpers, between=between))

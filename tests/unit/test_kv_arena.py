@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from concurrent.futures import ThreadPoolExecutor, wait
 
 import numpy as np
@@ -173,8 +174,16 @@ def test_a_thread_that_would_wait_for_itself_is_told(first: str, second: str) ->
 def test_threads_find_the_same_checksum_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
     payload = np.arange((kv_seal._PARALLEL_BYTES + 12345) // 8, dtype=np.uint64).view(np.uint8)
     monkeypatch.setattr(kv_seal, "_THREADS", 3)
-    together = checksum(payload)
-    monkeypatch.setattr(kv_seal, "_THREADS", 1)
+    helped = threading.Event()
+
+    def between() -> None:
+        if threading.current_thread() is threading.main_thread():
+            assert helped.wait(60), "nobody helps"
+        else:
+            helped.set()
+
+    with kv_seal.start_helpers("helper") as helpers:
+        together = checksum(payload, helpers=helpers, between=between)
     assert checksum(payload) == together
 
 
