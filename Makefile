@@ -7,6 +7,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.vram-conductor
+DOCS   := $(VENV)/.vram-conductor-docs
 
 # In a shared environment the package may be another checkout's: this one goes first.
 ifneq ($(VENV),.venv)
@@ -23,7 +24,7 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all check bench venv clean
+.PHONY: help demo test test-all check bench docs docs-serve venv clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,10 +33,13 @@ demo: venv ## three agents, three models, one device: admission, swap, refusal, 
 	@$(BIN)/conductor demo
 
 test: check ## make check, then every test but the heavy ones
-	@$(BIN)/python -m pytest -m "not slow"
+	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not slow"
 
-test-all: check ## make check, then every test
-	@$(BIN)/python -m pytest
+test-all: check $(DOCS) ## make check, then every test
+	@$(BIN)/python -m pytest $(SIDE_BY_SIDE)
+
+# Two processes: one has everything that starts a Ray (tests/conftest.py), the other begins with the rest.
+SIDE_BY_SIDE := -n 2 --dist loadgroup
 
 check: venv ## ruff and mypy
 	@$(BIN)/ruff check .
@@ -45,11 +49,25 @@ bench: venv ## what the actor costs over bare llama.cpp, one agent and many at o
 	@$(BIN)/python benchmarks/overhead.py
 	@$(BIN)/python benchmarks/batching.py
 
+docs: $(DOCS) ## the documentation as a site, in build/site
+	@$(BIN)/mkdocs build --strict
+
+docs-serve: $(DOCS) ## the same on a local port, with search, made anew as files change
+	@$(BIN)/mkdocs serve
+
+# Else mkdocs-material advertises, on every build, what its authors make next.
+docs docs-serve: export NO_MKDOCS_2_WARNING := 1
+
 venv: $(STAMP) ## the virtual environment (compiles llama-cpp-python the first time: about 5 minutes)
 
 clean: ## remove caches and build outputs, keep the virtual environment
 	@rm -rf build dist out .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 	@find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+$(DOCS): $(STAMP)
+	@echo "Installing what the documentation is built with"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --progress-bar off -c constraints.txt -e '.[docs]'
+	@touch $@
 
 # pip is quiet so that its errors stand out; a line every 20 s says that it lives, with a terminal or without.
 # `sleep` has its outputs closed: it may outlive the recipe, and a CI log must not wait for it.

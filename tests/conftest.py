@@ -20,6 +20,17 @@ Start = Callable[..., Awaitable["GpuConductor"]]
 ROOT = Path(__file__).resolve().parents[1]
 
 
+#: a Ray for each process would take the memory and the cores that the tests of the other need
+_WITH_RAY = ("cli", "docs", "ray", "gpu")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where tests run in several processes (`make test`), those that start a Ray run in one of them, one after another."""
+    for item in items:
+        if item.path.parent.name in _WITH_RAY:
+            item.add_marker(pytest.mark.xdist_group("ray"))
+
+
 @pytest.fixture
 async def start(tmp_path: Path) -> AsyncIterator[Start]:
     """`await start(models={key: path or options}, …)`: a conductor on a slice of RAM, one thread and one live pool.
