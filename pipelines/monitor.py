@@ -17,12 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import ray
 import typer
-import yaml
 
 from actors.service import runtime_directory
-from conductor.config import default_file
 from conductor.errors import InvalidRequest, ServiceFailed
 from pipelines.console import errors, out, print_json
 from pipelines.servers import Server, answers, interruption, port_for, serving, watch
@@ -53,7 +50,11 @@ class Scene:
 
 def look(config: Path | None) -> Scene:
     """Raises NotRunning, ServiceFailed, ConfigError."""
+    from conductor.config import default_file
+
     with connected(settings(config)):
+        import ray
+
         nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
         session = ray.get_runtime_context().get_session_name()
     targets = tuple(sorted(f"{node['NodeManagerAddress']}:{node['MetricsExportPort']}" for node in nodes))
@@ -64,7 +65,9 @@ def look(config: Path | None) -> Scene:
 
 
 def leads_to(config: Path, targets: tuple[str, ...]) -> bool:
-    """Whether a Prometheus with Ray's configuration finds them: a machine's sessions share one list of nodes, the last one's."""
+    """Whether a Prometheus with Ray's configuration finds them, by the list of nodes that it names."""
+    import yaml
+
     try:
         jobs = yaml.safe_load(config.read_text("utf-8"))["scrape_configs"]
         lists = [Path(file) for job in jobs for found in job["file_sd_configs"] for file in found["files"]]
@@ -123,6 +126,8 @@ def _grafana_home(program: str) -> Path | None:
 
 def write_files(scene: Scene, prometheus_url: str) -> None:
     """The configuration of both, anew."""
+    import yaml
+
     scene.files.mkdir(mode=0o700, parents=True, exist_ok=True)
     targets = scene.files / "targets.json"
     targets.write_text(json.dumps([{"labels": {"job": "ray"}, "targets": list(scene.targets)}]), "utf-8")

@@ -21,8 +21,9 @@ import yaml
 
 from pipelines.monitor import Scene, grafana, leads_to
 from pipelines.servers import answers
+from tests.support.monitor import Monitor
 from tests.support.scraping import DASHBOARD
-from tests.support.shell import CONDUCTOR, ROOT, Shell, family, survivors
+from tests.support.shell import ROOT, Shell, family, survivors
 
 STAND_IN = f"""#!{sys.executable}
 import http.server, json, os, sys
@@ -51,6 +52,21 @@ def told(program: Path) -> Any:
     return json.loads(Path(f"{program}.told").read_text())
 
 
+def path_without(names: tuple[str, ...], others: Path) -> str:
+    """This machine's path. A directory with one of these programs is replaced by one with links to all the others in it."""
+    directories = []
+    for n, directory in enumerate(map(Path, os.environ["PATH"].split(os.pathsep))):
+        if any((directory / name).exists() for name in names):
+            links = others / str(n)
+            links.mkdir(parents=True)
+            for program in directory.iterdir():
+                if program.name not in names:
+                    (links / program.name).symlink_to(program)
+            directory = links
+        directories.append(str(directory))
+    return os.pathsep.join(directories)
+
+
 @pytest.fixture(scope="module")
 def shell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shell]:
     """A service; at the end no process lives, and nothing is in the home."""
@@ -59,40 +75,13 @@ def shell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shell]:
     models = {"coder": {"path": str(ROOT / "models" / "coder.gguf"), "window": 512}}
     config = directory / "conductor.yaml"
     config.write_text(yaml.safe_dump({"device": {"kind": "host", "host_bytes": "64MiB"}, "threads": 1, "models": models}))
-    # without what this machine may have installed
-    inherited = os.environ["PATH"].split(os.pathsep)
-    names = ("prometheus", "grafana-server", "grafana")
-    shell.environment["PATH"] = os.pathsep.join(p for p in inherited if not any(Path(p, name).exists() for name in names))
+    shell.environment["PATH"] = path_without(("prometheus", "grafana-server", "grafana"), directory / "others")
     shell.ok("up", "--config", str(config))
     processes = family(shell.service_pid())
     yield shell
     shell.ok("down")
     assert survivors([*processes, *shell.processes()]) == []
     assert shell.at_home() == []
-
-
-class Monitor:
-    """`conductor monitor --json` with these programs first on the path, interrupted when it is left."""
-
-    def __init__(self, shell: Shell, programs: Path, *options: str) -> None:
-        path = os.pathsep.join([str(programs), shell.environment["PATH"]])
-        ports = ("--prometheus-port", "0", "--grafana-port", "0")
-        self.process = shell.begin(CONDUCTOR, "monitor", "--json", *ports, *options, PATH=path)
-
-    def report(self) -> Any:
-        """What it says once all is up."""
-        assert self.process.stdout is not None
-        lines: list[str] = []
-        while (line := self.process.stdout.readline()) and line != "}\n":
-            lines.append(line)
-        return json.loads("".join([*lines, line]))
-
-    def end(self, number: signal.Signals = signal.SIGINT) -> tuple[int, str]:
-        processes = family(self.process.pid)
-        self.process.send_signal(number)
-        _, stderr = self.process.communicate(timeout=60)
-        assert survivors(processes) == []
-        return self.process.returncode, stderr
 
 
 Begin = Callable[..., Monitor]
@@ -103,7 +92,8 @@ def begin(shell: Shell, tmp_path: Path) -> Iterator[Begin]:
     begun: list[Monitor] = []
 
     def begin(*options: str) -> Monitor:
-        begun.append(Monitor(shell, tmp_path / "bin", *options))
+        path = os.pathsep.join([str(tmp_path / "bin"), shell.environment["PATH"]])
+        begun.append(Monitor(shell, *options, PATH=path))
         return begun[-1]
 
     yield begin

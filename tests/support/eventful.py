@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
@@ -18,12 +19,15 @@ from tests.support.talk import ENDLESS, SHIPPED
 PROMPTS = tuple(f'\n\ndef task_{n}(x):\n    """Return x + {n}."""\n' * 4 for n in range(3))
 
 
-def short_of_everything(conduct: Conduct, endless: Path, directory: Path) -> Conductor:
+def shortage(directory: Path) -> dict[str, Any]:
     """One seat, and host memory and disk for about one KV each."""
     disk = {"directory": str(directory / "kv"), "budget": "1MiB"}
-    models = {**SHIPPED, "endless": endless}
     context = {"first_window": 256, "slots": 1}
-    return conduct(models, context=context, live_contexts=1, min_turn_ms=10, host_budget="1MiB", disk=disk)
+    return {"context": context, "live_contexts": 1, "min_turn_ms": 10, "host_budget": "1MiB", "disk": disk}
+
+
+def short_of_everything(conduct: Conduct, endless: Path, directory: Path) -> Conductor:
+    return conduct({**SHIPPED, "endless": endless}, **shortage(directory))
 
 
 def live_through_everything(conductor: Conductor, kv_directory: Path) -> int:
@@ -62,9 +66,9 @@ def stand_still(conductor: Conductor) -> int:
     """One seat, a turn that never ends, and somebody else who wants it. Returns the tokens that were generated."""
     call = conductor.call
     for id in ("eli", "fay"):
-        call("register", id, "endless")
+        call("register", id, "endless", window=256)  # one that does not grow: who stops to grow has not been made to stand still
     endless = conductor.handle.decode.remote("eli", "x", **ENDLESS)
-    eventually(lambda: conductor.is_busy("eli"), within_s=20)
+    eventually(lambda: any(pool.running for pool in conductor.status().pools), within_s=20)
     other = call("decode", "fay", "x", max_tokens=4)
     eventually(lambda: conductor.is_busy("eli"), within_s=20)
     assert call("cancel", "eli") == 1
