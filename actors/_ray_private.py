@@ -7,11 +7,10 @@ The blocking ones cost 0.3 to 2 ms and belong in a thread.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Any
-
-import ray
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +46,17 @@ def advertise_resource(node_id: str, resource: str, total: float) -> None:
     worker.gcs_client.resize_raylet_resource_instances(node_id, {resource: float(total)})
 
 
+def log_directory() -> str:
+    """Where this node keeps its logs, and its dashboard and `ray logs` look for them. Verified on 2.60.0."""
+    from ray._private.worker import global_worker
+
+    worker: Any = global_worker
+    return str(worker.node.get_logs_dir_path())
+
+
 def worker_death(worker_id: str) -> str | None:
     """Why a worker (or driver) is dead, or None if it lives or the GCS does not know it. Blocking. Verified on 2.60.0."""
+    import ray
     from ray._private.state import state
     from ray.core.generated import common_pb2, gcs_pb2
 
@@ -60,13 +68,15 @@ def worker_death(worker_id: str) -> str | None:
 
 
 def authenticate(environment: Mapping[str, str]) -> None:
-    """Take RAY_AUTH_* variables up in a process that has imported Ray already, before `ray.init`. Verified on 2.60.0.
+    """Set RAY_AUTH_* variables, also where Ray has been imported already, before `ray.init`. Verified on 2.60.0.
 
     Ray reads its configuration once, on import; a cluster that asks for a token is otherwise out of reach.
     """
+    os.environ.update(environment)
+    if "ray._raylet" not in sys.modules:
+        return  # it will read them
     from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
-    os.environ.update(environment)
     Config.initialize("")
     AuthenticationTokenLoader.instance().reset_cache()
 
@@ -95,6 +105,8 @@ async def _published(subscriber_type: Any) -> AsyncIterator[tuple[str, Any]]:
     Ends on an empty poll: without a timeout that is how Ray reports an unreachable GCS, and a restarted one has
     forgotten its subscribers.
     """
+    import ray
+
     subscriber = subscriber_type(address=ray.get_runtime_context().gcs_address)
     await subscriber.subscribe()
     try:

@@ -10,9 +10,10 @@ from typing import Any
 import ray
 from ray.exceptions import RayTaskError
 
-from actors.conductor_actor import STREAM_BACKPRESSURE
 from actors.connection import connect, own
 from actors.deaths import Owner
+from actors.naming import agent_name, call_of
+from actors.streams import STREAM_BACKPRESSURE
 from conductor.errors import ConductorError, UnknownAgent
 from conductor.types import Admission, Chunk, DecodeResult, ServiceClass
 
@@ -20,7 +21,8 @@ from conductor.types import Admission, Chunk, DecodeResult, ServiceClass
 class AgentProcess:
     """One agent and its chat. Keeps the messages; the conductor keeps the tokens and their KV.
 
-    `system` opens every conversation. The options of `ask` and `stream` are those of the conductor's decode.
+    `system` opens every conversation. The options of `ask` and `stream` are those of the conductor's `decode`, and so is what
+    they raise. One turn at a time: a second `ask` waits for the first.
     """
 
     def __init__(
@@ -44,12 +46,19 @@ class AgentProcess:
         self._doubtful: Any = None
         self._one_turn, self._one_registration = asyncio.Lock(), asyncio.Lock()
 
+    def __repr__(self) -> str:
+        """Ray's views name the actor and its calls by it."""
+        return agent_name(self._id, self._model)
+
+    def _call(self, name: str) -> Any:
+        return call_of(self._conductor, name, self._id)
+
     async def admission(self) -> Admission:
         """Register on the first call; afterwards what was promised. Raises what the conductor's register raises."""
         async with self._one_registration:
             if self._admission is None:
                 await self._settle_doubt()
-                self._doubtful = self._conductor.register.remote(self._id, self._model, owner=Owner.current(), **self._terms)
+                self._doubtful = self._call("register").remote(self._id, self._model, owner=Owner.current(), **self._terms)
                 try:
                     self._admission = await _result(self._doubtful)
                 except ConductorError:
@@ -64,7 +73,7 @@ class AgentProcess:
             with contextlib.suppress(Exception):
                 await self._doubtful
             with contextlib.suppress(UnknownAgent):
-                await _result(self._conductor.unregister.remote(self._id))
+                await _result(self._call("unregister").remote(self._id))
 
     async def ask(self, text: str, *, fresh: bool = False, **options: Any) -> DecodeResult:
         """Say something and get the answer. `fresh` begins a new conversation. A failed turn leaves no message behind."""
@@ -80,7 +89,7 @@ class AgentProcess:
             return result
 
     async def _decode(self, messages: list[dict[str, str]], options: dict[str, Any]) -> DecodeResult:
-        result: DecodeResult = await _result(self._conductor.decode.remote(self._id, messages=messages, **options))
+        result: DecodeResult = await _result(self._call("decode").remote(self._id, messages=messages, **options))
         return result
 
     async def _register_again(self) -> None:
@@ -108,7 +117,7 @@ class AgentProcess:
                     await self._register_again()
 
     async def _streamed(self, messages: list[dict[str, str]], options: dict[str, Any]) -> AsyncGenerator[Chunk | DecodeResult]:
-        turn = self._conductor.stream.remote(self._id, messages=messages, **options)
+        turn = self._call("stream").remote(self._id, messages=messages, **options)
         try:
             async for reference in turn:
                 item = await _result(reference)
@@ -120,7 +129,7 @@ class AgentProcess:
 
     async def cancel(self) -> int:
         """End the turn that runs or waits, with what it made; returns how many ended."""
-        turns: int = await _result(self._conductor.cancel.remote(self._id))
+        turns: int = await _result(self._call("cancel").remote(self._id))
         return turns
 
     async def messages(self) -> list[dict[str, str]]:
@@ -132,7 +141,7 @@ class AgentProcess:
         async with self._one_turn:
             if self._admission is not None:
                 with contextlib.suppress(UnknownAgent):  # the conductor was restarted: nothing of ours is left to give back
-                    await _result(self._conductor.unregister.remote(self._id))
+                    await _result(self._call("unregister").remote(self._id))
                 self._admission = None
 
     def _with(self, text: str, fresh: bool) -> list[dict[str, str]]:
@@ -148,16 +157,29 @@ async def _result(reference: Any) -> Any:
 
 
 _OPTIONS: dict[str, Any] = {"num_cpus": 0}
+#: AgentProcess as an actor; `spawn_agent` makes one.
 AgentActor: Any = ray.remote(**_OPTIONS)(AgentProcess)
 
 
-def spawn_agent(agent_id: str, model: str, *, conductor: Any = None, **terms: Any) -> Any:
-    """Start an agent in a process of its own and register it; returns the actor's handle.
+def create_agent(conductor: Any, agent_id: str, model: str, **terms: Any) -> Any:
+    """An AgentActor, not registered yet, under its name in the caller's namespace; under none if somebody there has that name.
 
-    `terms`: window, service_class, priority, wait_s, system. Raises what the conductor's register raises, and leaves nothing.
+    That may be one of the same id that was closed, or that another conductor knows; Ray shows this one by the same name.
+    """
+    try:
+        return AgentActor.options(name=agent_name(agent_id, model)).remote(conductor, agent_id, model, **terms)
+    except ValueError:
+        return AgentActor.remote(conductor, agent_id, model, **terms)
+
+
+def spawn_agent(agent_id: str, model: str, *, conductor: Any = None, **terms: Any) -> Any:
+    """Start an agent in a process of its own and register it; returns the actor's handle, with the calls of AgentProcess.
+
+    `conductor`: its handle; None finds it, or starts it. `terms`: window, service_class, priority and wait_s as `register` takes
+    them, and system, the message that opens every conversation. Raises what `register` raises, and leaves nothing then.
     """
     conductor = connect() if conductor is None else conductor
-    agent = AgentActor.remote(conductor, agent_id, model, **terms)
+    agent = create_agent(conductor, agent_id, model, **terms)
     try:
         ray.get(agent.admission.remote())
     except RayTaskError as error:

@@ -3,6 +3,8 @@
 An async actor: calls interleave on one loop, llama.cpp runs in threads, so `status` answers while others decode.
 Detached, so that it outlives the program that made it and its placement groups vanish with it; named, so that others
 find it. Ray restarts it if it dies; its books are empty then, as the device is.
+
+Ray imports this module wherever somebody has the actor's handle, so it loads what the actor is made of only where one is made.
 """
 
 from __future__ import annotations
@@ -17,11 +19,12 @@ import ray
 
 from actors.deaths import DeathWatch, Owner
 from actors.leases import Lease, LeaseMirror
+from actors.logs import open_log
 from actors.metrics import Metrics
 from actors.ray_metrics import RayMetrics
+from actors.streams import STREAM_BACKPRESSURE
 from conductor.config import Config
 from conductor.errors import InvalidRequest
-from conductor.gpu_conductor import GpuConductor as PlainConductor
 from conductor.happenings import HistoryEntry
 from conductor.types import (
     Admission,
@@ -38,15 +41,15 @@ from conductor.types import (
 )
 from conductor.units import MIB
 
-#: Chunks that Ray holds for a reader before the stream waits for it. Set at all, it also ends streams of dead readers.
-STREAM_BACKPRESSURE = 32
-
 
 class GpuConductorActor:
     """Owns the device of its node and admits agents to it. `ray.get(conductor.help.remote())` tells what can be called."""
 
     def __init__(self, config: Config) -> None:
+        from conductor.gpu_conductor import GpuConductor as PlainConductor
+
         self._config = config
+        self._log = open_log(config)
         self._conductor = PlainConductor(config, on_change=self._mirror_ledger)
         self._mirror = LeaseMirror(config.ray.resource, prefix=f"{secrets.token_hex(3)}-") if config.ray.mirror else None
         self._deaths = DeathWatch(self._owner_died)
@@ -54,6 +57,10 @@ class GpuConductorActor:
         self._starting: asyncio.Task[None] | None = None
         self._watching: asyncio.Task[None] | None = None
         self._telling: asyncio.Task[None] | None = None
+
+    def __repr__(self) -> str:
+        """Ray's views name the actor and its calls by it."""
+        return self._config.ray.name
 
     async def ready(self) -> str:
         """Take the device; returns what was taken and why. Raises ConfigError."""
@@ -104,8 +111,10 @@ class GpuConductorActor:
     ) -> Admission:
         """Admit an agent with up to `window` tokens of `model` (a configured key, or a path in an allowed directory).
 
+        `window`: None is the configured one, else what the model was trained with. `priority`: higher goes first, 0 for most.
+
         `service_class`: guaranteed (weights and the whole window stay on the device), shared (weights stay, the window is
-        there while decoding and grows as needed) or best_effort (a turn). With `wait_s` it waits that long for room.
+        there while decoding and grows as needed) or best_effort (a turn). With `wait_s` it waits so many seconds for room.
         `owner` (`Owner.current()`): the process it dies with; without one it stays until unregistered. Whoever cancels the call
         (`ray.cancel`) calls `unregister` after it: Ray may say "cancelled" of a call that was carried out.
         Raises InvalidRequest, ModelError, AdmissionRefused: nothing is booked then.
@@ -133,16 +142,18 @@ class GpuConductorActor:
         return admission
 
     async def unregister(self, agent_id: str) -> None:
-        """Let an agent go; its bytes are back when this returns, its model's too if it was the last user."""
+        """Let an agent go; its bytes are back when this returns, its model's too if it was the last user. Raises UnknownAgent."""
         await self._ready()
         await self._conductor.unregister(agent_id)
 
     async def decode(self, agent_id: str, prompt: str | None = None, **options: Any) -> DecodeResult:
         """One turn of an agent's conversation: `prompt` continues it as raw text, `messages=[{role, content}, …]` as a chat.
 
-        Options: max_tokens, temperature (0 is greedy), top_k, top_p, min_p, seed, stop, reset, context_shift, wait_s: how long it
-        may wait for its seat, and for room if its window must grow, and timeout_s: after which it ends with what it made.
-        Raises InvalidRequest, UnknownAgent, WindowFull, WindowRefused, TurnTimedOut, ModelError, DecodeFailed.
+        Options: max_tokens, temperature (0 is greedy), top_k, top_p, min_p, seed, stop, reset and context_shift are those of
+        DecodeRequest. wait_s: how many seconds it may wait for its seat, and for room if its window must grow (None: as
+        configured). timeout_s: after so many seconds it ends with what it made.
+        Raises InvalidRequest, UnknownAgent, WindowFull, WindowRefused, TurnTimedOut, TurnQueueFull, TurnCancelled, ModelError,
+        DecodeFailed.
         """
         await self._ready()
         with self._metrics.errors_of("turn"):
@@ -152,7 +163,7 @@ class GpuConductorActor:
 
     @ray.method(_generator_backpressure_num_objects=STREAM_BACKPRESSURE)
     async def stream(self, agent_id: str, prompt: str | None = None, **options: Any) -> AsyncIterator[Chunk | DecodeResult]:
-        """`decode` as a streaming generator: chunks of text as they are made, the DecodeResult last.
+        """`decode` as a streaming generator of references: to a `Chunk` of text as it is made, and to the DecodeResult last.
 
         Cancel it (`ray.cancel`) to end the turn early; `actors.stream` does so when its reader stops.
         """
@@ -176,7 +187,10 @@ class GpuConductorActor:
         return await self._conductor.cancel(agent_id)
 
     async def reserve(self, holder: str, bytes: int, *, owner: Owner | None = None) -> ReservationId:
-        """Book device memory for any other task of this node; returns the id to release. Raises AdmissionRefused."""
+        """Book device memory for any other task of this node; returns the id to release. Raises InvalidRequest, AdmissionRefused.
+
+        `holder`: who it is for, as status and refusals say it. Nothing is allocated: the task does that, after this returns.
+        """
         await self._ready()
         with self._metrics.errors_of("reserve"):
             return await self._conductor.reserve(holder, bytes, owner=self._watch(owner))
@@ -230,6 +244,8 @@ class GpuConductorActor:
         await self._conductor.close()
         if self._mirror is not None:
             await self._mirror.stop()
+        if self._log is not None:
+            await asyncio.to_thread(self._log.close)
 
     async def _mirror_status(self) -> MirrorStatus:
         if self._mirror is not None:
@@ -253,6 +269,8 @@ def _described(name: str, call: Any) -> str:
 
 def _checked(options: dict[str, Any]) -> dict[str, Any]:
     """Options of a turn; an unknown one is an InvalidRequest that names it, not a TypeError from within."""
+    from conductor.gpu_conductor import GpuConductor as PlainConductor
+
     known = PlainConductor.decode.__kwdefaults__ or {}
     for name in options:
         if name not in known:
@@ -262,4 +280,5 @@ def _checked(options: dict[str, Any]) -> dict[str, Any]:
 
 #: All actor options are here. A call that failed with the actor is not run again: a turn or a booking would be done twice.
 _OPTIONS: dict[str, Any] = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": 0, "max_concurrency": 1000}
+#: The conductor as an actor; `connect` makes one where none runs.
 GpuConductor: Any = ray.remote(**_OPTIONS)(GpuConductorActor)

@@ -12,7 +12,6 @@ from ray.exceptions import AuthenticationError, RayActorError, RayTaskError
 
 from actors import service
 from actors._ray_private import authenticate
-from actors.conductor_actor import GpuConductor
 from conductor.config import Config, load_config
 from conductor.errors import ConductorError, ServiceFailed
 
@@ -58,7 +57,7 @@ def init_ray(address: str | None, **options: Any) -> None:
 
 
 def find(config: Config) -> Any | None:
-    """The handle of a conductor that runs already; None if there is none."""
+    """The handle of a conductor that runs already; None if there is none. `join_ray` comes first."""
     try:
         return ray.get_actor(config.ray.name, namespace=config.ray.namespace)
     except ValueError:
@@ -92,6 +91,8 @@ def _create(config: Config) -> tuple[Any, bool]:
                 "(`ray status` shows the figures), or set device.kind to host"
             )
         return handle, False
+    from actors.conductor_actor import GpuConductor  # here, for its streams import this module
+
     options = {"name": config.ray.name, "namespace": config.ray.namespace, "lifetime": "detached", "num_gpus": gpus}
     try:
         return GpuConductor.options(**options).remote(config), True
@@ -123,7 +124,7 @@ def _a_gpu_is_free() -> bool:
 
 
 def stop(handle: Any, *, timeout_s: float = 30) -> None:
-    """Let everything go and end the conductor."""
+    """Let everything go and end the conductor; turns that take longer than `timeout_s` to end are ended with it. Ray goes on."""
     try:
         ray.get(handle.close.remote(), timeout=timeout_s)
     except (RayActorError, TimeoutError):

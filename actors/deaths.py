@@ -27,7 +27,10 @@ _WORKER_ID = re.compile(r"[0-9a-f]{56}")
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """A process of the cluster: a driver, a task's worker or one life of an actor (a restarted actor is another owner)."""
+    """A process of the cluster: a driver, a task's worker or one life of an actor (a restarted actor is another owner).
+
+    What is registered, forked or reserved with `owner=Owner.current()` is given back within two seconds of its death.
+    """
 
     worker_id: OwnerId
     node_id: str

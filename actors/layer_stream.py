@@ -93,7 +93,7 @@ def stream_layers(
     `conductor`: to book with; without one nothing is booked. Whoever stops reading ends the task.
     Raises AdmissionRefused, InvalidRequest, ServiceFailed.
     """
-    task = _Task.options(num_gpus=place.num_gpus).remote(spec, place, conductor, sweeping)
+    task = _Task.options(num_gpus=place.num_gpus, name=f"vram:{HOLDER}").remote(spec, place, conductor, sweeping)
     try:
         for reference in task:
             yield ray.get(reference)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import re
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,7 @@ from typing import TypeVar
 import ray
 
 from actors._ray_private import NodeResource
+from actors.naming import lease_name
 from actors.ray_books import GRAINS_PER_MIB, NotAdvertised, Progress, RayBooks, Target
 from conductor.errors import InternalError
 from conductor.types import MirrorState, MirrorStatus, ReservationId
@@ -209,7 +209,7 @@ class LeaseMirror:
     def _targets(self, leases: Mapping[ReservationId, Lease]) -> dict[ReservationId, Target]:
         """Rounded down, so that the sum never exceeds the total; what rounds to nothing has no group."""
         return {
-            id: Target(f"vram:{_readable(lease.label)}:{self._prefix}{id}", grains)
+            id: Target(lease_name(lease.label, f"{self._prefix}{id}"), grains)
             for id, lease in leases.items()
             if (grains := lease.bytes * GRAINS_PER_MIB // MIB) > 0
         }
@@ -247,7 +247,3 @@ class LeaseMirror:
 def _next_pause(last_s: float, bounds_s: tuple[float, float]) -> float:
     shortest_s, longest_s = bounds_s
     return min(max(last_s * _GROWTH, shortest_s), longest_s)
-
-
-def _readable(label: str) -> str:
-    return re.sub(r"[^\w.@/+-]+", "-", label, flags=re.ASCII)[:60] or "lease"

@@ -29,6 +29,8 @@ from conductor.errors import ServiceFailed
 ENVIRONMENT = "CONDUCTOR_RUNTIME_DIR"
 #: what `conductor env` exports beside RAY_ADDRESS, with the same value: by it our address is told from the user's own
 OUR_ADDRESS = "CONDUCTOR_RAY_ADDRESS"
+#: Ray's own choices
+_DASHBOARD_PORT, _DASHBOARD_AGENT_PORT = 8265, 52365
 _START_WITHIN_S = 60.0
 _STOP_WITHIN_S = 20.0
 #: On SIGTERM Ray otherwise waits 30 s for actors to leave a node that is going away; ours has no other to go to.
@@ -79,7 +81,7 @@ def users_address() -> str | None:
     for name in stale:
         os.environ.pop(name, None)
     if stale:
-        authenticate({})  # Ray read them when it was imported
+        authenticate({})  # Ray read them if it was imported
     if "RAY_ADDRESS" in stale or (service is not None and service.address == address):
         return None
     return address
@@ -110,7 +112,9 @@ def _start(directory: Path, config: str | None) -> Service:
     port = _free_port()
     command = [
         sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block",
-        f"--port={port}", "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1",
+        f"--port={port}", "--node-ip-address=127.0.0.1",
+        "--dashboard-host=127.0.0.1", f"--dashboard-port={_this_port_or_another(_DASHBOARD_PORT)}",
+        f"--dashboard-agent-listen-port={_this_port_or_another(_DASHBOARD_AGENT_PORT)}",
     ]  # fmt: skip
     log = directory / "ray.log"
     with log.open("wb") as output:
@@ -187,9 +191,19 @@ def _process(service: Service) -> psutil.Process | None:
     return process if alive else None
 
 
-def _free_port() -> int:
+def _this_port_or_another(port: int) -> int:
+    """Where a port is taken, as by another Ray, Ray starts without what listens there: `ray list` needs one, `ray logs` both."""
+    try:
+        return _free_port(port)
+    except OSError:
+        return _free_port()
+
+
+def _free_port(port: int = 0) -> int:
+    """`port` itself unless it is 0. Raises OSError if it is taken at any of this machine's addresses."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(("0.0.0.0", port))
         return int(probe.getsockname()[1])
 
 

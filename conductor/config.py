@@ -1,6 +1,7 @@
 """The configuration file: pydantic models over YAML, every problem named by file and key.
 
-`configs/default.yaml` shows each option with its default and its reason; a test holds it against this module.
+The docstring below an option says what it means, for `docs/configuration.md`, which is made from this module;
+`configs/default.yaml` has each option's default and its reason. Tests hold both files against this module.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ ENVIRONMENT = "CONDUCTOR_CONFIG"
 #: llama.cpp keeps token counts in 32 bits
 MAX_WINDOW = 2**31 - 1
 
-Bytes = Annotated[int, BeforeValidator(parse_bytes)]
-Size = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
+Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(ge=0, json_schema_extra={"format": "size"})]
+Size = Annotated[Bytes, Field(gt=0)]
 Window = Annotated[int, Field(gt=0, le=MAX_WINDOW)]
 Slots = Annotated[int, Field(gt=0, le=MAX_SLOTS)]
 Seconds = Annotated[float, Field(ge=0, le=86_400)]
@@ -32,34 +33,54 @@ KvType = Literal["f32", "f16", "q8_0", "q4_0"]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
 
 class DeviceConfig(_Section):
+    """What is shared out: a GPU, or a slice of RAM."""
+
     kind: Literal["auto", "cuda", "host"] = "auto"
+    """The GPU, RAM (`host`), or whichever there is."""
     index: Annotated[int, Field(ge=0)] = 0
+    """Which GPU, as CUDA counts them."""
     limit: Size | None = None
+    """Use no more of the device than this; null: all of it."""
     host_bytes: Size = 64 << 20
+    """The size of the host device."""
     reread_s: Annotated[float, Field(gt=0, le=3600)] = 1.0
+    """How often the device is read again, so that what other programs take and give back is seen."""
 
 
 class ContextConfig(_Section):
-    """Defaults for contexts; a model may override each."""
+    """llama.cpp's contexts, unless a model says otherwise."""
 
     window: Window | None = None
+    """Tokens of the conversation of an agent that asks for no window; null: what the model was trained with."""
     first_window: Window | None = 4096
+    """Tokens that an agent's context begins with, before it grows; null: the whole window."""
     slots: Slots = 8
+    """The most agents of a model that decode in one batch."""
     n_batch: PositiveInt = 512
+    """Tokens decoded in one call while a prompt is read."""
     n_ubatch: PositiveInt = 512
+    """Tokens computed at once."""
     kv_type: KvType = "f16"
+    """The numbers of the KV cache; the quantised ones need `flash_attention`."""
     flash_attention: bool = True
+    """Whether attention is computed by llama.cpp's flash attention."""
     context_shift: bool = False
+    """At the window's end: forget the oldest half of the conversation and go on, instead of ending there."""
 
 
 class ModelConfig(_Section):
+    """A model under the key that agents name it by. What it leaves out or sets to null is as in `context`."""
+
     path: str
+    """Its GGUF file."""
     repo: str | None = None
+    """The repository on a public hub that a missing file is fetched from."""
     file: str | None = None
+    """Its name there."""
     window: Window | None = None
     first_window: Window | None = None
     slots: Slots | None = None
@@ -74,39 +95,82 @@ class DiskConfig(_Section):
     """Where saved KV goes that host memory has no room for."""
 
     directory: str | None = None
+    """Made if need be; null: none, and such KV is recomputed from its tokens."""
     budget: Bytes = 4 << 30
+    """The most that the files may take."""
 
 
 class RayConfig(_Section):
+    """Where Ray finds the conductor and its books."""
+
     namespace: str = "conductor"
+    """The actor's namespace."""
     name: str = "gpu-conductor"
+    """The actor's name, and the label `conductor` of its metrics."""
     resource: str = "vram_mib"
+    """The custom resource, in MiB, that repeats the ledger."""
     mirror: bool = True
+    """Whether the ledger is repeated in Ray at all."""
+
+
+class LogConfig(_Section):
+    """What the conductor writes down, a line for each decision: see [its fields](ray.md#the-log)."""
+
+    format: Literal["json", "text"] = "json"
+    """Lines for programs, or for people."""
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    """The least that is written: `warning` leaves refusals, lost KV, drift and failures."""
+    directory: str | None = None
+    """Made if need be; null: Ray's session directory, where its dashboard and `ray logs` find it."""
+    file_bytes: Size = 16 << 20
+    """Where a new file is begun."""
+    keep: Annotated[int, Field(ge=0, le=100)] = 4
+    """How many older files are kept."""
 
 
 class Config(_Section):
+    """The options that stand at the top of the file; its sections are below."""
+
     device: DeviceConfig = DeviceConfig()
     admission_percent: Annotated[int, Field(ge=1, le=100)] = 90
+    """The share of the device's total that may be booked, in percent."""
     live_contexts: PositiveInt | None = None
+    """The most pools that are live at once; null: as many as there is room for."""
     host_budget: Bytes = 512 << 20
+    """Host memory for the saved KV of agents that are not live; taken at start."""
     home_budget: Bytes = 8 << 30
+    """Host memory for the weights of models that best-effort agents alone use; taken as needed. 0: none."""
     disk: DiskConfig = DiskConfig()
     threads: PositiveInt | None = None
+    """CPU threads of all pools together; null: the physical cores."""
     threads_per_context: PositiveInt | None = None
+    """CPU threads of each pool; null: all of them."""
     waitlist_limit: Annotated[int, Field(ge=0)] = 256
+    """Registrations that may wait for room."""
     turn_queue_limit: PositiveInt = 1024
+    """Turns that may wait, of all agents together."""
     min_turn_ms: PositiveInt = 1000
+    """How long a turn keeps its seat, and a pool stays, while others could use them."""
     max_stall_ms: PositiveInt = 100
+    """The longest that reading one agent's prompt may hold up the others' answers, as far as a step can be cut."""
     ageing_s: Annotated[float, Field(gt=0)] = 60.0
+    """Waiting this long counts as one priority more."""
     turn_wait_s: Seconds | None = None
+    """How long a turn may wait for its seat, unless the call says so; null: as long as it takes."""
     growth_wait_s: Seconds | None = 10.0
+    """How long a turn may wait for room when its conversation outgrows its context; null: as long as it takes."""
     idle_shrink_s: Seconds | None = 30.0
+    """Pools and weights beyond the promise that idled this long are given back; null: only when somebody needs their room."""
     idle_ttl_s: Seconds | None = None
+    """Agents whose last turn ended this long ago are unregistered; null: never."""
     stream_interval_ms: Annotated[int, Field(ge=0)] = 20
+    """The least time between two pieces of a stream."""
     context: ContextConfig = ContextConfig()
     models: dict[str, ModelConfig] = {}
     model_dirs: tuple[str, ...] = ()
+    """Directories whose models may be named by path; no file outside of them can be named."""
     ray: RayConfig = RayConfig()
+    log: LogConfig = LogConfig()
 
     #: where the file lies: relative paths in it start there
     _directory: Path = PrivateAttr(default_factory=Path.cwd)
@@ -221,7 +285,8 @@ def _explain(problem: Any) -> str:
 
 def _known_keys(location: tuple[str | int, ...]) -> set[str]:
     sections: dict[str, type[BaseModel]] = {
-        "device": DeviceConfig, "context": ContextConfig, "disk": DiskConfig, "ray": RayConfig, "models": ModelConfig
+        "device": DeviceConfig, "context": ContextConfig, "disk": DiskConfig, "ray": RayConfig, "log": LogConfig,
+        "models": ModelConfig,
     }  # fmt: skip
     section = Config if len(location) == 1 else sections.get(str(location[0]))
     return set(section.model_fields) if section else set()

@@ -41,10 +41,12 @@ from conductor.units import format_bytes
 class ConductorError(Exception):
     """Base of all of them. `str()` is one message for people; the fields are attributes."""
 
-    retryable: ClassVar[bool] = False
+    retryable: ClassVar[bool] = False  #: whether the same call may succeed later
 
 
 class ConfigError(ConductorError):
+    """A configuration or pipeline file is wrong. `key`: the option, dotted, or the line; "" if it is about the whole file."""
+
     def __init__(self, source: str, key: str, problem: str) -> None:
         super().__init__(source, key, problem)
         self.source, self.key, self.problem = source, key, problem
@@ -54,6 +56,8 @@ class ConfigError(ConductorError):
 
 
 class InvalidRequest(ConductorError):
+    """An argument is wrong; nothing happened."""
+
     def __init__(self, argument: str, problem: str) -> None:
         super().__init__(argument, problem)
         self.argument, self.problem = argument, problem
@@ -63,6 +67,8 @@ class InvalidRequest(ConductorError):
 
 
 class UnknownAgent(InvalidRequest):
+    """No agent of this id is registered: it never was, it left, or the conductor was restarted since."""
+
     def __init__(self, agent_id: str) -> None:
         super().__init__("agent_id", f"no agent {agent_id!r} is registered; register it first (`list` shows who is)")
         self.args = (agent_id,)
@@ -70,6 +76,8 @@ class UnknownAgent(InvalidRequest):
 
 
 class DuplicateAgent(InvalidRequest):
+    """An agent of this id is registered already."""
+
     def __init__(self, agent_id: str) -> None:
         super().__init__("agent_id", f"{agent_id!r} is registered already; unregister it or choose another id")
         self.args = (agent_id,)
@@ -77,6 +85,8 @@ class DuplicateAgent(InvalidRequest):
 
 
 class RefusalCode(str, enum.Enum):
+    """Why nothing was booked."""
+
     CAP = "CAP"  #: not now: others hold the bytes
     NEVER = "NEVER"  #: not on this device, even alone
     QUEUE_FULL = "QUEUE_FULL"  #: too many wait already
@@ -90,9 +100,9 @@ class Refusal(Record):
 
     code: RefusalCode
     requested_bytes: int  #: what this admission would have added
-    cap_bytes: int
-    booked_bytes: int
-    holders: tuple[Reservation, ...]
+    cap_bytes: int  #: what may be booked on the device
+    booked_bytes: int  #: what is
+    holders: tuple[Reservation, ...]  #: and by whom
     largest_window: int | None  #: a window of the same model that would fit now, close to the longest; None if none would
     waiting_ahead: int = 0  #: registrations that wait for room and must not be overtaken
     evictable_bytes: int = 0  #: booked, and given back if all that is idle went to host memory
@@ -102,6 +112,7 @@ class Refusal(Record):
 
     @property
     def free_bytes(self) -> int:
+        """Negative if strangers took memory that is booked."""
         return self.cap_bytes - self.booked_bytes
 
     @property
@@ -114,7 +125,7 @@ class Refusal(Record):
 
 
 class AdmissionRefused(ConductorError):
-    """Nothing was booked and nothing was loaded."""
+    """It does not fit. Nothing was booked and nothing was loaded."""
 
     def __init__(self, refusal: Refusal) -> None:
         super().__init__(refusal)
@@ -130,6 +141,7 @@ class AdmissionRefused(ConductorError):
 
     @property
     def retryable(self) -> bool:  # type: ignore[override]
+        """Not if it will never fit."""
         return self.refusal.code is not RefusalCode.NEVER
 
     def __str__(self) -> str:
@@ -159,6 +171,8 @@ class ModelError(ConductorError):
 
 
 class UnknownModel(ModelError):
+    """The configuration has no model of this key."""
+
     def __init__(self, model: str, known: tuple[ModelKey, ...]) -> None:
         super().__init__(model, known)
         self.model, self.known = model, known
@@ -168,6 +182,8 @@ class UnknownModel(ModelError):
 
 
 class PathNotAllowed(ModelError):
+    """The file lies outside `model_dirs`."""
+
     def __init__(self, path: str, allowed: tuple[str, ...]) -> None:
         super().__init__(path, allowed)
         self.path, self.allowed = path, allowed
@@ -178,6 +194,8 @@ class PathNotAllowed(ModelError):
 
 
 class BadModelFile(ModelError):
+    """The file is missing or cannot be fetched, is no GGUF, or is damaged."""
+
     def __init__(self, path: str, problem: str) -> None:
         super().__init__(path, problem)
         self.path, self.problem = path, problem
@@ -187,6 +205,8 @@ class BadModelFile(ModelError):
 
 
 class ModelLoadFailed(ModelError):
+    """llama.cpp could not load a file that passed every check."""
+
     def __init__(self, path: str, problem: str) -> None:
         super().__init__(path, problem)
         self.path, self.problem = path, problem
@@ -196,6 +216,8 @@ class ModelLoadFailed(ModelError):
 
 
 class ChatTemplateFailed(ModelError):
+    """The model has no usable chat template, or it does not take these messages."""
+
     def __init__(self, model: str, problem: str) -> None:
         super().__init__(model, problem)
         self.model, self.problem = model, problem
@@ -226,6 +248,7 @@ class WindowRefused(ConductorError):
 
     @property
     def retryable(self) -> bool:  # type: ignore[override]
+        """Not if it will never fit."""
         return self.refusal.code is not RefusalCode.NEVER
 
     def __init__(self, agent_id: AgentId, window: int, needed_tokens: int, refusal: Refusal, text: str = "") -> None:
@@ -257,6 +280,8 @@ class TurnTimedOut(ConductorError):
 
 
 class TurnQueueFull(ConductorError):
+    """Too many turns wait already (`turn_queue_limit`); nothing was begun."""
+
     retryable = True
 
     def __init__(self, agent_id: AgentId, waiting: int) -> None:
@@ -268,6 +293,8 @@ class TurnQueueFull(ConductorError):
 
 
 class TurnCancelled(ConductorError):
+    """The turn was ended, or its agent left, before it had made anything."""
+
     def __init__(self, agent_id: AgentId, reason: str) -> None:
         super().__init__(agent_id, reason)
         self.agent_id, self.reason = agent_id, reason
@@ -277,6 +304,8 @@ class TurnCancelled(ConductorError):
 
 
 class DecodeFailed(ConductorError):
+    """llama.cpp gave up in the middle of a turn. The session keeps its tokens."""
+
     retryable = True
 
     def __init__(self, agent_id: AgentId, problem: str) -> None:
@@ -288,6 +317,8 @@ class DecodeFailed(ConductorError):
 
 
 class UnknownReservation(ConductorError):
+    """Released already, or never made."""
+
     def __init__(self, reservation_id: ReservationId) -> None:
         super().__init__(reservation_id)
         self.reservation_id = reservation_id
@@ -297,6 +328,8 @@ class UnknownReservation(ConductorError):
 
 
 class ServiceFailed(ConductorError):
+    """Ray or the conductor cannot be started, reached or stopped, or it was closed."""
+
     def __init__(self, problem: str) -> None:
         super().__init__(problem)
         self.problem = problem
@@ -306,6 +339,8 @@ class ServiceFailed(ConductorError):
 
 
 class NotRunning(ServiceFailed):
+    """No conductor is running, and none is to be started."""
+
     def __init__(self) -> None:
         super().__init__("no conductor is running; start one with: conductor up")
         self.args = ()

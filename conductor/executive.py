@@ -148,7 +148,6 @@ class Executive:
     def _carry_out(self, action: actions.Action) -> None:
         match action:
             case actions.Admit() as admit:
-                log.info("admitted %s on %s", admit.agent.id, admit.agent.model.key)
                 self._answer(admit.request_id, admit)
             case actions.Refuse(request, error) | actions.FailRequest(request, error):
                 self._fail(request, error)
@@ -173,14 +172,12 @@ class Executive:
             case actions.LeaveSeat(agent_id, to):
                 self._spawn(self._leave_seat(agent_id, to))
             case actions.MoveKv(agent_id):
-                log.info("moving the KV of %s to disk", agent_id)
                 self._spawn(self._move_kv(agent_id))
             case actions.CopyKv() as copy:
                 self._spawn(self._copy_kv(copy))
             case actions.AnswerFork(request, tokens):
                 self._answer(request, tokens)
             case actions.DropKv(agent_id):
-                log.info("dropped the KV of %s: it will be recomputed from its tokens", agent_id)
                 self._engine.drop_kv(agent_id)
             case actions.RunTurn() as run:
                 self._spawn(self.turns.run(run))
@@ -195,7 +192,6 @@ class Executive:
             case actions.DropTurn(agent_id):
                 self._engine.drop_turn(agent_id)
             case actions.Forget(agent_id):
-                log.info("forgot %s", agent_id)
                 self._engine.forget(agent_id)
             case _:
                 assert_never(action)
@@ -205,7 +201,6 @@ class Executive:
             future.set_result(value)
 
     def _fail(self, request: RequestId, error: ConductorError) -> None:
-        log.info("refused: %s", str(error).splitlines()[0])
         if (future := self._answers.get(request)) is not None and not future.done():
             future.set_exception(error)
 

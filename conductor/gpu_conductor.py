@@ -327,11 +327,19 @@ class GpuConductor:
         What strangers took since the start is among it, in steps of 64 MiB: it is as little to be had as what is booked.
         """
         ledger = self._state.ledger
-        booked = {id: (_label(ledger.get(id)), size) for id, size in ledger.leases().items() if size}
+        booked = {id: (self._label(ledger.get(id)), size) for id, size in ledger.leases().items() if size}
         taken = min(self.best_cap_bytes - ledger.cap_bytes, self.best_cap_bytes - ledger.allocated_bytes)
         if taken >= _STRANGERS_STEP_BYTES:
             booked[ReservationId("strangers")] = ("strangers", taken // _STRANGERS_STEP_BYTES * _STRANGERS_STEP_BYTES)
         return booked
+
+    def _label(self, booked: Reservation) -> str:
+        if booked.kind is not Kind.HEADROOM:
+            return f"{booked.kind.value}:{booked.holder}"
+        agent = self._state.agents.get(AgentId(booked.holder))
+        if agent is None or agent.guarantee != booked.id:
+            return "turns"
+        return f"{agent.id}:{agent.spec.model.key}"
 
     @property
     def cap_bytes(self) -> int:
@@ -364,10 +372,6 @@ class GpuConductor:
     def check(self) -> None:
         """Raise InternalError unless every invariant of the policy holds."""
         self._state.check()
-
-
-def _label(booked: Reservation) -> str:
-    return "turns" if booked.kind is Kind.HEADROOM else f"{booked.kind.value}:{booked.holder}"
 
 
 def _closed() -> ServiceFailed:

@@ -1,5 +1,7 @@
 """What the conductor decided and did, as lines for people: who came, went and was refused, what moved, and how long it took.
 
+The last of them are kept for those who look on; all of them go to the logger `conductor.decisions` (`log_file` writes them).
+
 Looks over the executive's shoulder: told of each event before the policy hears it and of each action before it is carried out, it
 measures what lies between an order and its end. It changes nothing, and an error of its own is logged and hurts nobody.
 Does not cover the bytes booked after each change (`LedgerEntry`) or what runs now (`status`).
@@ -11,23 +13,29 @@ import contextlib
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TypeAlias
 
 from conductor.core import actions, events
 from conductor.core.events import RequestId, TurnId
 from conductor.core.state import State
 from conductor.errors import AdmissionRefused, ConductorError, TurnQueueFull, TurnTimedOut, WindowRefused
-from conductor.happenings import Happening, HistoryEntry
-from conductor.types import AgentId, KvPlace, ModelId, ModelKey
+from conductor.happenings import IN_THE_LOG_ALONE, Happening, HistoryEntry
+from conductor.types import AgentId, KvPlace, ModelId, ModelKey, OwnerId
+from conductor.under_way import Asked, UnderWay, Work
 from conductor.units import format_bytes
 
 _log = logging.getLogger("conductor")
-
-#: what was ordered, and of whom
-Work: TypeAlias = "tuple[str, str | int]"
+#: Each line, as a HistoryEntry; says nothing unless logging is configured.
+_decisions = logging.getLogger("conductor.decisions")
+_decisions.addHandler(logging.NullHandler())
 
 _LINES = 4096
 _TEXT_LENGTH = 300
+_LEVELS = {
+    Happening.FAILED: logging.ERROR,
+    Happening.REFUSED: logging.WARNING,
+    Happening.DROPPED: logging.WARNING,
+    Happening.DRIFT: logging.WARNING,
+}
 _PLACES = {KvPlace.HOST: "host memory", KvPlace.DISK: "disk"}
 
 
@@ -38,12 +46,7 @@ class History:
         self._state, self._clock, self._began_at = state, clock, clock()
         self._entries: deque[HistoryEntry] = deque(maxlen=lines)
         self._number = 0
-        #: when what is under way was ordered
-        self._ordered_at: dict[Work, float] = {}
-        #: who asked for what is not answered yet
-        self._asked: dict[RequestId, tuple[str, ModelKey | None]] = {}
-        #: whose turns they are: those that are over are forgotten in time
-        self._turns: dict[TurnId, AgentId] = {}
+        self._under_way = UnderWay(state, clock=clock)
         self._overdrawn_bytes = 0
         self._computed = 0
         #: of that, what the turn that each agent has now has had
@@ -76,20 +79,28 @@ class History:
             for action in todo:
                 self._note(action)
             self._look_for_drift()
-            self._forget_turns()
+            self._under_way.forget_turns()
 
     def _hear(self, event: events.Event) -> None:
         match event:
-            case events.RegisterRequested(request, agent):
-                self._asked[request] = (agent.id, agent.model.key)
-            case events.ReserveRequested(request, holder):
-                self._asked[request] = (holder, None)
+            case events.RegisterRequested(request, agent, may_wait):
+                would_wait = ", would wait" if may_wait else ""
+                text = f"to be admitted: {agent.service_class.value}, {agent.context.window:,} tokens{would_wait}"
+                self._under_way.requests[request] = self._ask(request, agent.id, text, agent.model.key, owner=agent.owner)
+            case events.ReserveRequested(request, holder, size):
+                self._under_way.requests[request] = self._ask(request, holder, "to reserve", bytes=size)
             case events.RegisterAbandoned(request, timed_out=False) | events.ReserveAbandoned(request):
-                self._asked.pop(request, None)
+                self._abandoned(self._under_way.requests.pop(request, None))
+            case events.OwnerDied(owner):
+                for asked in self._under_way.take_of(owner):
+                    self._abandoned(asked)
+            case events.TurnAbandoned(turn_id) if turn_id in self._state.rotation.turns:
+                self._abandoned(self._under_way.turns.get(turn_id))
             case events.TurnRequested(turn_id, agent_id):
-                self._turns[turn_id] = agent_id
-            case events.ForkRequested(request, turn_id, _, new):
-                self._asked[request], self._turns[turn_id] = (new, None), new
+                self._under_way.turns[turn_id] = self._ask(turn_id, agent_id, "for a turn", self._under_way.model_of(agent_id))
+            case events.ForkRequested(request, turn_id, source, new):
+                asked = self._ask(turn_id, new, f"to go on from where {source} is", self._under_way.model_of(new))
+                self._under_way.requests[request] = self._under_way.turns[turn_id] = asked
             case events.ModelLoaded(model_id, weights_bytes):
                 streams = self._state.models[model_id].streams
                 text = "its layers stream through a ring" if streams else "weights on the device"
@@ -117,13 +128,13 @@ class History:
     def _hear_of_agent(self, event: events.Event) -> None:
         match event:
             case events.SeatLeft(agent_id, place, saved_bytes):
-                kept = ("leave", agent_id) in self._ordered_at
+                kept = self._under_way.ordered(("leave", agent_id)) is not None
                 self._left_seat(agent_id, place, saved_bytes, was_to_be_kept=kept)
             case events.SeatTaken(agent_id, restored_bytes):
                 work = ("take", agent_id)
                 if restored_bytes:
                     self._of_agent(Happening.SWAPPED_IN, agent_id, "to a slot", bytes=restored_bytes, work=work)
-                self._ordered_at.pop(work, None)
+                self._under_way.end(work)
             case events.SeatNotTaken(agent_id, error):
                 self._of_agent(Happening.FAILED, agent_id, _line(error), work=("take", agent_id))
             case events.KvMoved(agent_id, place, elapsed_s):
@@ -142,19 +153,17 @@ class History:
     def _note(self, action: actions.Action) -> None:
         match action:
             case actions.Admit(request, agent, _, _, charged_bytes, model_loaded):
-                self._asked.pop(request, None)
                 brought = ", brought its model" if model_loaded else ""
                 text = f"{agent.service_class.value}, {agent.context.window:,} tokens{brought}"
-                self._add(Happening.ADMITTED, text, agent.id, agent.model.id, bytes=charged_bytes)
+                self._answered(Happening.ADMITTED, text, request, bytes=charged_bytes)
             case actions.Refuse(request, error) | actions.FailRequest(request, error):
                 self._refused(request, error)
             case actions.AnswerReserve(request, reservation_id):
-                holder, _ = self._asked.pop(request, (None, None))
-                self._add(Happening.RESERVED, reservation_id, holder, bytes=self._state.ledger.size(reservation_id))
+                self._answered(Happening.RESERVED, reservation_id, request, bytes=self._state.ledger.size(reservation_id))
             case actions.AnswerFork(request):
-                self._asked.pop(request, None)
-            case actions.AnswerRelease(_, released_bytes):
-                self._add(Happening.RELEASED, "", bytes=released_bytes)
+                self._under_way.requests.pop(request, None)
+            case actions.AnswerRelease(request, released_bytes):
+                self._append(Happening.RELEASED, "", None, None, bytes=released_bytes, request=request)
             case actions.FailTurn(turn_id, error):
                 refused = isinstance(error, (WindowRefused, TurnQueueFull, TurnTimedOut))
                 self._of_turn(Happening.REFUSED if refused else Happening.FAILED, turn_id, _line(error))
@@ -172,29 +181,60 @@ class History:
                 self._note_order(action)
 
     def _note_order(self, action: actions.Action) -> None:
-        work: Work
+        order = self._under_way.order
         match action:
             case actions.LoadModel(plan):
-                work = ("load", plan.id)
+                order(("load", plan.id), model=plan.key)
             case actions.UnloadModel(model_id):
-                work = ("unload", model_id)
-            case actions.OpenPool(pool_id):
-                work = ("open", pool_id)
+                order(("unload", model_id))
+            case actions.OpenPool(pool_id, agent_id=agent_id):
+                order(("open", pool_id), of=agent_id)
             case actions.ClosePool(pool_id):
-                work = ("close", pool_id)
+                order(("close", pool_id))
             case actions.TakeSeat(agent_id):
-                work = ("take", agent_id)
+                order(("take", agent_id), of=agent_id)
             case actions.LeaveSeat(agent_id, to) if to is not KvPlace.TOKENS:
-                work = ("leave", agent_id)
-            case actions.RunTurn(turn_id):
-                work = ("turn", turn_id)
-                if work in self._ordered_at:
-                    return  # it goes on: what it takes is counted from its beginning
+                order(("leave", agent_id))
+            case actions.RunTurn():
+                self._runs(action)
             case _:
-                return
-        self._ordered_at[work] = self._clock()
+                pass
 
     # --- lines ------------------------------------------------------------------------------------------------------
+
+    def _ask(
+        self,
+        number: int,
+        who: str,
+        text: str,
+        model: ModelKey | None = None,
+        *,
+        bytes: int | None = None,
+        owner: OwnerId | None = None,
+    ) -> Asked:
+        self._append(Happening.ASKED, text, who, model, bytes=bytes, request=number)
+        return self._under_way.asked(number, who, model, owner)
+
+    def _abandoned(self, asked: Asked | None) -> None:
+        if asked is not None:
+            ms = self._under_way.ms_since(asked)
+            self._append(Happening.ABANDONED, "", asked.who, asked.model, ms=ms, request=asked.number)
+
+    def _answered(self, kind: Happening, text: str, request: RequestId, *, bytes: int | None) -> None:
+        asked = self._under_way.requests.pop(request, None)
+        if asked is not None:  # else it was of a call that asks for nothing, such as an unregistration
+            ms = self._under_way.ms_since(asked)
+            self._append(kind, text, asked.who, asked.model, bytes=bytes, ms=ms, request=asked.number)
+
+    def _runs(self, run: actions.RunTurn) -> None:
+        work, asked = ("turn", run.turn_id), self._under_way.turns.get(run.turn_id)
+        goes_on = self._under_way.ordered(work) is not None
+        if not goes_on:  # else what it takes is counted from its beginning
+            self._under_way.order(work)
+        if asked is not None:
+            ms = None if goes_on else self._under_way.ms_since(asked)
+            text = "goes on" if goes_on else f"the KV of {run.evicted} made way" if run.evicted else ""
+            self._append(Happening.TURN_BEGAN, text, asked.who, asked.model, ms=ms, request=asked.number)
 
     def _unloaded(self, model_id: ModelId) -> None:
         model = self._state.models[model_id]
@@ -209,7 +249,7 @@ class History:
             self._of_agent(Happening.SWAPPED_OUT, agent_id, f"to {_PLACES[place]}", bytes=saved_bytes, work=work)
         elif was_to_be_kept and self._state.agents[agent_id].tokens:
             self._of_agent(Happening.DROPPED, agent_id, "there was no place for it", work=work)
-        self._ordered_at.pop(work, None)
+        self._under_way.end(work)
 
     def _moved(self, agent_id: AgentId, place: KvPlace, elapsed_s: float) -> None:
         size = self._state.kv_books.saved_bytes(self._state.agents[agent_id]) if agent_id in self._state.agents else None
@@ -217,17 +257,14 @@ class History:
         self._of_agent(kind, agent_id, text, bytes=size, ms=elapsed_s * 1000)
 
     def _refused(self, request: RequestId, error: ConductorError) -> None:
-        who, model = self._asked.pop(request, (None, None))
-        if who is None and not isinstance(error, AdmissionRefused):
-            return  # a wrong id in a call that asks for nothing
         size = error.refusal.requested_bytes if isinstance(error, AdmissionRefused) else None
-        self._append(Happening.REFUSED, _line(error), who, model, bytes=size)
+        self._answered(Happening.REFUSED, _line(error), request, bytes=size)
 
     def _turn_ended(self, turn_id: TurnId, tokens: int, computed: int) -> None:
         text = f"{computed:,} tokens computed, {tokens:,} in the conversation"
         self._of_turn(Happening.TURN_ENDED, turn_id, text, computed=computed)
-        if (agent_id := self._turns.get(turn_id)) is not None:
-            self._counted.pop(agent_id, None)
+        if (asked := self._under_way.turns.get(turn_id)) is not None:
+            self._counted.pop(AgentId(asked.who), None)
 
     def _look_for_drift(self) -> None:
         before, now = self._overdrawn_bytes, self._state.ledger.overdrawn_bytes
@@ -240,23 +277,16 @@ class History:
     def _of_turn(
         self, kind: Happening, turn_id: TurnId, text: str, *, bytes: int | None = None, computed: int | None = None
     ) -> None:
-        agent_id = self._turns.get(turn_id)
-        if agent_id is None:
+        asked = self._under_way.turns.get(turn_id)
+        if asked is None:
             return
         if computed is not None:
-            self._count(agent_id, computed)
-        began_at = self._ordered_at.get(("turn", turn_id))
-        ms = None if began_at is None else (self._clock() - began_at) * 1000
+            self._count(AgentId(asked.who), computed)
+        began = self._under_way.ordered(("turn", turn_id))
+        ms = None if began is None else self._under_way.ms_since(began)
         if kind is not Happening.PAUSED:
-            self._ordered_at.pop(("turn", turn_id), None)
-        self._of_agent(kind, agent_id, text, bytes=bytes, ms=ms)
-
-    def _forget_turns(self) -> None:
-        """Some end without a word that would come by here."""
-        known = self._state.rotation.turns
-        if len(self._turns) > 2 * len(known) + 64:
-            self._turns = {id: agent_id for id, agent_id in self._turns.items() if id in known}
-            self._ordered_at = {work: at for work, at in self._ordered_at.items() if work[0] != "turn" or work[1] in known}
+            self._under_way.end(("turn", turn_id))
+        self._append(kind, text, asked.who, asked.model, bytes=bytes, ms=ms, request=asked.number)
 
     def _of_agent(
         self,
@@ -284,16 +314,28 @@ class History:
     ) -> None:
         """`work`: what ends with it, to be timed."""
         known = self._state.models.get(model) if model is not None else None
-        ordered_at = self._ordered_at.pop(work, None) if work is not None else None
-        took_ms = ms if ordered_at is None else (self._clock() - ordered_at) * 1000
-        self._append(kind, text, agent, known.plan.key if known else None, bytes=bytes, ms=took_ms)
+        order = self._under_way.end(work) if work is not None else None
+        took_ms = ms if order is None else self._under_way.ms_since(order)
+        request = order.number if order is not None else None
+        self._append(kind, text, agent, known.plan.key if known else None, bytes=bytes, ms=took_ms, request=request)
 
     def _append(
-        self, kind: Happening, text: str, who: str | None, model: ModelKey | None, *, bytes: int | None, ms: float | None = None
+        self,
+        kind: Happening,
+        text: str,
+        who: str | None,
+        model: ModelKey | None,
+        *,
+        bytes: int | None = None,
+        ms: float | None = None,
+        request: int | None = None,
     ) -> None:
-        self._number += 1
-        at_s = self._clock() - self._began_at
-        self._entries.append(HistoryEntry(self._number, at_s, kind, who, model, bytes, ms, text[:_TEXT_LENGTH]))
+        number, at_s = self._number + 1, self._clock() - self._began_at
+        entry = HistoryEntry(number, at_s, kind, who, model, bytes, ms, text[:_TEXT_LENGTH], request)
+        if kind not in IN_THE_LOG_ALONE:
+            self._number = number
+            self._entries.append(entry)
+        _tell(_LEVELS.get(kind, logging.INFO), entry)
 
     def _count(self, agent_id: AgentId, computed: int) -> None:
         more = computed - self._counted.get(agent_id, 0)
@@ -309,6 +351,12 @@ class History:
             if not self._complained:
                 self._complained = True
                 _log.warning("the history is not complete", exc_info=True)
+
+
+def _tell(level: int, entry: HistoryEntry) -> None:
+    """Without a look at the stack for who says it, which takes as long as all the rest."""
+    if _decisions.isEnabledFor(level):
+        _decisions.handle(_decisions.makeRecord(_decisions.name, level, __file__, 0, entry, (), None))
 
 
 def _line(error: ConductorError) -> str:

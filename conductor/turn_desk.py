@@ -147,6 +147,8 @@ class TurnDesk:
                 self._dispatch(self._finished(run))
                 turn.ended_unheard(FinishReason.TIMEOUT)
             case _:
+                told = {"agent": run.agent_id, "request": run.turn_id}
+                log.info("the turn failed: %s", type(outcome).__name__, extra=told)  # its text may have the caller's words in it
                 self._dispatch(self._finished(run))
                 turn.failed(outcome)
 
@@ -186,7 +188,6 @@ class TurnDesk:
         )
 
     def _outgrew(self, run: actions.RunTurn, turn: PendingTurn, outgrown: Outgrown) -> None:
-        log.info("%s outgrew its window of %d tokens", run.agent_id, run.room)
         self._set_deadline(run.turn_id, turn, turn.growth_wait_s)
         self._dispatch(
             events.TurnOutgrew(
@@ -210,5 +211,5 @@ def own(error: Exception) -> ConductorError:
     """The error itself if it is one of ours; anything else is our bug, told as such."""
     if isinstance(error, ConductorError):
         return error
-    log.error("unexpected %r", error, exc_info=error)
+    log.error("unexpected %s", type(error).__name__, exc_info=error)
     return InternalError(f"{type(error).__name__}: {error}")

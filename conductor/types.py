@@ -27,7 +27,10 @@ JSON: TypeAlias = "None | bool | int | float | str | list[JSON] | dict[str, JSON
 
 
 class Record:
-    """Base of results: attributes for programs, `record["key"]` and `to_json()` for notebooks and shells."""
+    """Base of results: attributes for programs, `record["key"]` and `to_json()` for notebooks and shells.
+
+    `to_json()` is plain dicts, lists and scalars, ready for `json.dumps`; of an enum, its value.
+    """
 
     __slots__ = ()
 
@@ -60,8 +63,10 @@ def _plain(value: Any) -> JSON:
 
 
 class DeviceKind(str, enum.Enum):
-    CUDA = "cuda"
-    HOST = "host"
+    """What the bytes are shared out of."""
+
+    CUDA = "cuda"  #: a GPU
+    HOST = "host"  #: a slice of RAM
 
 
 class Kind(str, enum.Enum):
@@ -94,13 +99,17 @@ class KvPlace(str, enum.Enum):
 
 
 class ModelState(str, enum.Enum):
+    """Where a model's weights are. A model that no agent uses has no state: it is unloaded and forgotten."""
+
     PARKED = "parked"  #: known and used, its weights not on the device (not yet, or not now)
-    LOADING = "loading"
-    RESIDENT = "resident"
-    UNLOADING = "unloading"
+    LOADING = "loading"  #: booked, on their way
+    RESIDENT = "resident"  #: on the device, or as much of them as is to be there: `ModelStatus.residency`
+    UNLOADING = "unloading"  #: on their way off it, still booked
 
 
 class FinishReason(str, enum.Enum):
+    """Why a turn ended."""
+
     EOS = "eos"  #: the model ended its turn
     STOP = "stop"  #: a stop string appeared
     LENGTH = "length"  #: `max_tokens` were made
@@ -110,9 +119,11 @@ class FinishReason(str, enum.Enum):
 
 
 class MirrorState(str, enum.Enum):
-    EQUAL = "equal"
-    BEHIND = "behind"
-    UNMIRRORED = "unmirrored"
+    """How Ray's figure stands to the ledger's."""
+
+    EQUAL = "equal"  #: to the MiB
+    BEHIND = "behind"  #: not yet; `MirrorStatus.note` says why
+    UNMIRRORED = "unmirrored"  #: Ray does not know; `MirrorStatus.note` says why
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,15 +132,17 @@ class ContextSpec(Record):
 
     window: int  #: tokens of one sequence
     slots: int = 1  #: sequences, each with a window of its own
-    n_batch: int = 512
-    n_ubatch: int = 512
-    kv_type: str = "f16"
+    n_batch: int = 512  #: the most tokens decoded in one call
+    n_ubatch: int = 512  #: the most tokens computed at once
+    kv_type: str = "f16"  #: f32, f16, q8_0 or q4_0
     flash_attention: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class Message(Record):
-    role: str
+    """One message of a chat; a dict with the same keys does as well."""
+
+    role: str  #: user, assistant, system, or what else the model's chat template knows
     content: str
 
 
@@ -139,17 +152,20 @@ MAX_SEED = 2**32 - 2
 
 @dataclass(frozen=True, slots=True)
 class DecodeRequest(Record):
-    """One turn of one agent. `prompt` continues the conversation as raw text; `messages` is a whole chat."""
+    """One turn of one agent. `prompt` continues the conversation as raw text; `messages` is a whole chat.
+
+    With neither the answer goes on where it ended.
+    """
 
     prompt: str | None = None
     messages: tuple[Message, ...] | None = None
-    max_tokens: int = 128
+    max_tokens: int = 128  #: made at most, 1 or more
     temperature: float = 0.0  #: 0 is greedy
     top_k: int = 40  #: 0 is off
     top_p: float = 0.95  #: 1 is off
     min_p: float = 0.05  #: 0 is off
     seed: int | None = None  #: None draws one; the result says which
-    stop: tuple[str, ...] = ()
+    stop: tuple[str, ...] = ()  #: the first of them to appear ends the turn; the text ends before it
     reset: bool = False  #: forget the conversation first
     context_shift: bool | None = None  #: at the window's end drop the oldest half; None: as the model's configuration says
 
@@ -160,16 +176,16 @@ class Admission(Record):
 
     agent_id: AgentId
     model: ModelKey
-    window: int
+    window: int  #: the most tokens that its conversation may hold
     service_class: ServiceClass
-    priority: int
+    priority: int  #: higher goes first
     weights_bytes: int  #: of the model, booked once however many agents use it
     first_window: int  #: tokens that its context begins with; it grows with the conversation, up to `window`
     context_bytes: int  #: KV and compute of the context that it begins with, while it is live
     charged_bytes: int  #: what this admission added to the ledger
     model_loaded: bool  #: True if this admission loaded the weights
-    waited_s: float
-    warnings: tuple[str, ...] = ()
+    waited_s: float  #: from the call to its answer, loading included
+    warnings: tuple[str, ...] = ()  #: for people, for instance that the model was trained with a smaller window
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +193,7 @@ class Chunk(Record):
     """Text as it is made; never cut inside a character."""
 
     text: str
-    tokens: int
+    tokens: int  #: generated since the chunk before
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,15 +201,15 @@ class DecodeResult(Record):
     """A finished turn and what it cost."""
 
     agent_id: AgentId
-    text: str
+    text: str  #: the answer
     tokens: tuple[int, ...]  #: the generated token ids, the end-of-turn token included
     prompt_tokens: int  #: tokens of the prompt that had to be decoded
     prompt_tokens_reused: int  #: tokens of the prompt that the session held already
     prefix_tokens_reused: int  #: tokens of the prompt that another agent had read: a shared beginning, copied instead
-    generated_tokens: int
-    stopped_on_eos: bool
+    generated_tokens: int  #: the length of `tokens`
+    stopped_on_eos: bool  #: `finish_reason` is EOS
     finish_reason: FinishReason
-    seed: int
+    seed: int  #: the one given, or the one drawn
     elapsed_ms: float  #: from the call's arrival to its last token
     queue_ms: float  #: of it, waiting for a seat
     time_to_first_token_ms: float  #: of a turn that made none, its whole time
@@ -208,8 +224,10 @@ class DecodeResult(Record):
 
 @dataclass(frozen=True, slots=True)
 class Reservation(Record):
+    """A line of the ledger."""
+
     id: ReservationId
-    holder: str
+    holder: str  #: a model, an agent, the name that `reserve` was given, or a part of the conductor
     kind: Kind
     bytes: int
 
@@ -229,8 +247,10 @@ class DeviceStatus(Record):
 
 @dataclass(frozen=True, slots=True)
 class LedgerStatus(Record):
-    max_bytes: int
-    allocated_bytes: int
+    """What is booked on the device."""
+
+    max_bytes: int  #: the cap: what may be booked
+    allocated_bytes: int  #: the sum of the reservations
     reservations: tuple[Reservation, ...]
 
 
@@ -251,7 +271,7 @@ class WeightsStatus(Record):
 
     home_bytes: int  #: of host memory
     pinned: bool  #: page-locked: copied at the link's full rate
-    passes: int
+    passes: int  #: how often all its layers were passed through
     moved_bytes: int
     stalled_s: float  #: waiting for layers, with nothing to compute
     link_share: float  #: bytes per second while it decoded, of what the link gives
@@ -259,10 +279,12 @@ class WeightsStatus(Record):
 
 @dataclass(frozen=True, slots=True)
 class ModelStatus(Record):
+    """A model that agents are registered for."""
+
     key: ModelKey
-    path: str
+    path: str  #: of its file
     state: ModelState
-    agents: int
+    agents: int  #: how many use it
     bytes: int  #: booked for its weights, and the ring; 0 while parked
     estimated_bytes: int  #: what its weights were expected to take
     estimate_error: float | None  #: (measured - estimated) / estimated at the last load; None before the first
@@ -288,18 +310,20 @@ class PoolStatus(Record):
 
 @dataclass(frozen=True, slots=True)
 class AgentStatus(Record):
+    """A registered agent, and its conversation."""
+
     id: AgentId
     model: ModelKey
     service_class: ServiceClass
     window: int  #: that it was admitted for
     window_in_use: int  #: that is booked for it now; it grows with the conversation
-    tokens: int
+    tokens: int  #: in its conversation
     kv: KvPlace
     priority: int
     context_bytes: int  #: of a pool of one slot with the window in use
     saved_bytes: int  #: of its KV, in host memory or on disk
-    busy: bool
-    turns: int
+    busy: bool  #: a turn of it runs
+    turns: int  #: begun since it was admitted
     served_tokens: int  #: computed for it, in the account of fair shares
     idle_s: float  #: since its last turn ended, or it was admitted; 0 while one waits or runs
 
@@ -324,10 +348,10 @@ class MirrorStatus(Record):
     """Ray's accounting beside the ledger's, in MiB."""
 
     state: MirrorState
-    resource: str
-    total_mib: float
-    used_mib: float
-    ledger_mib: float
+    resource: str  #: the custom resource of the node
+    total_mib: float  #: that Ray advertises
+    used_mib: float  #: of it, in use
+    ledger_mib: float  #: booked
     note: str = ""
 
 
@@ -337,7 +361,7 @@ class HostMemoryStatus(Record):
 
     budget_bytes: int
     used_bytes: int
-    pinned: bool
+    pinned: bool  #: page-locked: copied at the link's full rate
     disk_budget_bytes: int = 0
     disk_used_bytes: int = 0
     moved_to_disk: int = 0  #: caches since the start
@@ -347,7 +371,9 @@ class HostMemoryStatus(Record):
 
 @dataclass(frozen=True, slots=True)
 class Status(Record):
-    version: str
+    """Everything at one moment. The bytes of `ledger` are the truth; what Ray and the device say stands beside them."""
+
+    version: str  #: of VRAM Conductor
     device: DeviceStatus
     ledger: LedgerStatus
     live_contexts: int | None  #: the most pools at once; None: as many as there is room for
@@ -357,7 +383,7 @@ class Status(Record):
     waiting: tuple[WaitingStatus, ...]
     host_memory: HostMemoryStatus
     mirror: MirrorStatus
-    llama_cpp: str
+    llama_cpp: str  #: its version
     estimates: str  #: how bytes are known before a model is loaded
     threads: int  #: of the CPU, in all
     uptime_s: float

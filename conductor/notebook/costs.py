@@ -15,8 +15,8 @@ class SwapPoint(Record):
     """A swap that was measured."""
 
     tokens: int  #: whose KV was moved
-    bytes: int
-    ms: float
+    bytes: int  #: moved
+    ms: float  #: that it took
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class CostLine(Record):
     ms_per_token: float
     at_none_ms: float
     r_squared: float  #: the share of the variance that the line explains
-    points: int
+    points: int  #: that it was fitted to
 
     def __str__(self) -> str:
         line = f"{self.at_none_ms:.2f} ms + {1000 * self.ms_per_token:.2f} µs a token"
@@ -34,7 +34,7 @@ class CostLine(Record):
 
 
 def fitted(points: Sequence[SwapPoint]) -> CostLine:
-    """The least-squares line. Raises InvalidRequest unless there are points of two lengths."""
+    """The least-squares line through measured swaps. Raises InvalidRequest unless there are points of two lengths."""
     lengths, times = [point.tokens for point in points], [point.ms for point in points]
     if len(set(lengths)) < 2:
         raise InvalidRequest("points", "a line needs swaps of two lengths at least")

@@ -38,7 +38,7 @@ _TURN = {"waited": ("w", "#d9d9d9", "none"), "read": ("r", "#9ecae1", stripes(45
 
 @dataclass(frozen=True, slots=True, repr=False)
 class View:
-    """The same in HTML and in plain text."""
+    """The same in HTML and in plain text; a notebook shows the one it can."""
 
     html: str
     text: str
@@ -54,7 +54,7 @@ class View:
 
 
 def show(*what: Showable) -> View:
-    """As it is best looked at; several, one below the other."""
+    """As it is best looked at; several, one below the other. TypeError for anything else."""
     parts = [part for item in what for part in _parts(item)]
     in_html, in_text = [part.html() for part in parts], [part.text() for part in parts]
     return View("\n".join(filter(None, in_html)), "\n".join(filter(None, in_text)))

@@ -143,7 +143,7 @@ def test_turns_that_end_unsaid_are_forgotten_in_time(given: Given) -> None:
     for n in range(1000):
         history.heard([events.TurnRequested(TurnId(n), AgentId("a"))])
         history.decided([])
-    assert len(history._turns) <= 65
+    assert len(history._under_way.turns) <= 65
 
 
 def test_an_error_of_its_own_hurts_nobody_and_is_logged_once(given: Given, caplog: pytest.LogCaptureFixture) -> None:
@@ -162,4 +162,87 @@ def test_a_text_is_cut_and_an_entry_has_a_json_form(given: Given) -> None:
     [entry] = history.since(0)
     assert entry.to_json() == {
         "number": 1, "at_s": 0.0, "kind": "released", "agent": None, "model": None, "bytes": 5, "ms": None, "text": "",
+        "request": 1,
     }  # fmt: skip
+
+
+# --- what the log is told besides ---------------------------------------------------------------------------------------
+
+
+def told(caplog: pytest.LogCaptureFixture) -> list[HistoryEntry]:
+    return [record.msg for record in caplog.records if isinstance(record.msg, HistoryEntry)]
+
+
+def of_call(entries: list[HistoryEntry], number: int | None) -> list[str]:
+    return [entry.kind.value for entry in entries if entry.request == number]
+
+
+def test_a_call_is_followed_by_its_number_from_its_being_asked_to_its_answer(
+    given: Given, caplog: pytest.LogCaptureFixture
+) -> None:
+    stage = given(cap=250)
+    with caplog.at_level(logging.INFO, "conductor"):
+        history = watched(stage)
+        for agent in ("a", "b"):
+            stage.registers(agent, ALPHA, context=100)
+            if agent == "a":
+                stage.loaded(ALPHA)
+        stage.converses("a", tokens=40)
+        stage.converses("b", tokens=40)
+        turn = stage.asks("a")
+        stage.passes(3)
+        stage.brings_on(turn)
+        stage.passes(2)
+        stage.finished(turn, tokens=50)
+    entries = told(caplog)
+    admitted, *turns = [entry.request for entry in entries if entry.kind in (Happening.ADMITTED, Happening.TURN_ENDED)]
+    assert of_call(entries, admitted) == ["asked", "loaded", "admitted"]
+    last_turn = [entry for entry in entries if entry.request == turns[-1]]
+    assert [entry.kind.value for entry in last_turn] == ["asked", "swapped_in", "turn_began", "turn_ended"]
+    assert [(entry.agent, entry.model) for entry in last_turn] == [("a", "alpha")] * 4
+    assert [entry.ms for entry in last_turn if entry.kind in (Happening.TURN_BEGAN, Happening.TURN_ENDED)] == [3000.0, 2000.0]
+    assert "asked" not in kinds(history.since(0))
+    assert [entry.number for entry in history.since(0)] == list(range(1, len(history.since(0)) + 1))
+
+
+def test_a_turn_that_stands_still_and_goes_on_is_one_call(given: Given, caplog: pytest.LogCaptureFixture) -> None:
+    stage = given(cap=400)
+    with caplog.at_level(logging.INFO, "conductor"):
+        watched(stage)
+        stage.has("a", ALPHA, context=100, ladder=(50,))
+        turn = stage.asks("a")
+        stage.brings_on(turn)
+        stage.outgrew(turn, tokens=50, desired=80)
+        stage.brings_on(turn)
+        stage.finished(turn, tokens=80)
+    number = next(entry.request for entry in told(caplog) if entry.kind is Happening.TURN_ENDED)
+    began = [entry for entry in told(caplog) if entry.request == number and entry.kind is Happening.TURN_BEGAN]
+    assert [(entry.text, entry.ms is None) for entry in began] == [("", False), ("goes on", True)]
+    assert of_call(told(caplog), number)[-3:] == ["swapped_in", "turn_began", "turn_ended"]
+
+
+def test_whoever_goes_away_is_told_of_and_a_refusal_says_how_long_it_took(given: Given, caplog: pytest.LogCaptureFixture) -> None:
+    stage = given(cap=200)
+    with caplog.at_level(logging.INFO, "conductor"):
+        watched(stage)
+        stage.has("a", ALPHA, context=50, kind="guaranteed")
+        gone = stage.registers("b", ALPHA, context=90, kind="guaranteed", may_wait=True)
+        stage.registers("d", ALPHA, context=90, kind="guaranteed", may_wait=True, owner="process")
+        late = stage.registers("c", ALPHA, context=90, kind="guaranteed", may_wait=True)
+        stage.passes(4)
+        stage.goes_away(gone)
+        stage.loses_patience(late)
+        stage.dies("process")
+    assert [(e.agent, e.ms) for e in told(caplog) if e.kind is Happening.ABANDONED] == [("b", 4000.0), ("d", 4000.0)]
+    assert [(e.agent, e.ms) for e in told(caplog) if e.kind is Happening.REFUSED] == [("c", 4000.0)]
+
+
+def test_levels_tell_what_went_wrong(given: Given, caplog: pytest.LogCaptureFixture) -> None:
+    stage = given(cap=200)
+    with caplog.at_level(logging.INFO, "conductor"):
+        watched(stage)
+        stage.registers("a", ALPHA, context=500)
+        stage.registers("b", BETA, context=50)
+        stage.load_failed(BETA)
+    levels = {record.msg.kind.value: record.levelname for record in caplog.records if isinstance(record.msg, HistoryEntry)}
+    assert (levels["asked"], levels["refused"], levels["failed"]) == ("INFO", "WARNING", "ERROR")
