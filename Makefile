@@ -39,7 +39,7 @@ test-all: check $(DOCS) ## make check, then every test
 	@$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
 # Two processes: one has everything that starts a Ray (tests/conftest.py), the other begins with the rest.
-SIDE_BY_SIDE := -n 2 --dist loadgroup
+SIDE_BY_SIDE := -n 2
 
 check: venv ## ruff and mypy
 	@$(BIN)/ruff check .

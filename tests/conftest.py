@@ -21,14 +21,22 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 #: a Ray for each process would take the memory and the cores that the tests of the other need
-_WITH_RAY = ("cli", "docs", "ray", "gpu")
+_WITH_RAY = ("tests/cli/", "tests/docs/", "tests/ray/", "tests/gpu/")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where tests run in several processes (`make test`), those that start a Ray run in one of them, one after another."""
-    for item in items:
-        if item.path.parent.name in _WITH_RAY:
-            item.add_marker(pytest.mark.xdist_group("ray"))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Where tests run in several processes (`make test`), those that start a Ray run in one of them, one after another.
+
+    Not by marks (xdist_group): xdist 3.8 writes the group into the name of a test, which pytest 9.2 does not read back.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class RayInOne(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "ray" if nodeid.startswith(_WITH_RAY) else nodeid
+
+    return RayInOne(config, log)
 
 
 @pytest.fixture
