@@ -10,20 +10,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
-import ray
 import typer
 
 import actors
 from actors import service
+from actors.naming import call_of
 from conductor import __version__
-from conductor.config import ENVIRONMENT as CONFIG_ENVIRONMENT
-from conductor.config import load_config
 from conductor.errors import ConductorError, InternalError, InvalidRequest, NotRunning, UnknownAgent
 from conductor.types import Admission, Chunk, DecodeResult, ServiceClass
-from pipelines import board, estimates, monitor, run, stream_demo, tables, top
-from pipelines import demo as demo_pipeline
+from pipelines import board, logs, monitor, run, stream_demo, tables, timeline, top
 from pipelines.console import Exit, err, errors, out, print_json, print_text, show
-from pipelines.session import find as _conductor
+from pipelines.session import connected, settings
+from pipelines.session import result_of as _get
 from pipelines.session import session as _session
 
 app = typer.Typer(
@@ -67,16 +65,6 @@ def _global(version: Annotated[bool, typer.Option("--version", help="Print the v
         raise typer.Exit
 
 
-def _get(reference: Any) -> Any:
-    """The result of a call that may take long; whoever does not wait for it (Ctrl-C) ends it."""
-    try:
-        return ray.get(reference)
-    except BaseException:
-        ray.cancel(reference)
-        ray.wait([reference], timeout=2)  # the message is on its way: this process must not end before
-        raise
-
-
 # --- the service --------------------------------------------------------------------------------------------------------
 
 
@@ -87,16 +75,20 @@ def up(config: ConfigOption = None, as_json: JsonOption = False) -> None:
     Example: conductor up --config configs/8gb.yaml
     """
     with errors(as_json=as_json):
-        asked = config or os.environ.get(CONFIG_ENVIRONMENT)
+        from conductor.config import ENVIRONMENT, load_config
+
+        asked = config or os.environ.get(ENVIRONMENT)
         address, running = service.users_address(), service.running()
-        settings = load_config(config if asked or running is None else running.config)
+        chosen = load_config(config if asked or running is None else running.config)
         began = running is None and address is None
         if began:
             err.print("starting Ray …", style="dim")
+        import ray
+
         if address is None:
             running = service.start(str(Path(asked).resolve()) if asked else None)
         try:
-            handle = actors.connect(settings)
+            handle = actors.connect(chosen)
             status = ray.get(handle.status.remote())
         except BaseException:
             if began and running is not None:
@@ -132,9 +124,9 @@ def down() -> None:
         if service.users_address() is None and running is None:
             raise NotRunning
         # A Ray of our own ends in any case, with all that runs in it: even if its conductor cannot be found or answers no more.
-        with contextlib.suppress(NotRunning if running is None else ConductorError):
-            actors.stop(_conductor(load_config(running.config if running else None)))
-        ray.shutdown()
+        harmless = NotRunning if running is None else ConductorError
+        with contextlib.suppress(harmless), connected(settings(None)) as conductor:
+            actors.stop(conductor)
         if running is not None:
             service.stop(running)
         out.print("stopped")
@@ -160,7 +152,7 @@ def register(
     """
     with _session(config, as_json=as_json) as conductor:
         terms = {"window": window, "service_class": service_class.value, "priority": priority, "wait_s": wait}
-        call = conductor.register.remote(agent_id, _path(model), **terms)
+        call = call_of(conductor, "register", agent_id).remote(agent_id, _path(model), **terms)
         admission = _get(call)
         show(admission, tables.admissions([admission]), as_json=as_json)
         for warning in admission.warnings:
@@ -177,7 +169,9 @@ def _path(model: str) -> str:
 def unregister(agent_id: str, config: ConfigOption = None) -> None:
     """Let an agent go; its bytes come back, and its model's if it was the last."""
     with _session(config) as conductor:
-        ray.get(conductor.unregister.remote(agent_id))
+        import ray
+
+        ray.get(call_of(conductor, "unregister", agent_id).remote(agent_id))
         out.print(f"unregistered {agent_id}", markup=False)
 
 
@@ -215,7 +209,7 @@ def decode(
             "timeout_s": timeout,
         }  # fmt: skip
         if as_json:
-            print_json(_get(conductor.decode.remote(agent_id, **what, **options)).to_json())
+            print_json(_get(call_of(conductor, "decode", agent_id).remote(agent_id, **what, **options)).to_json())
         else:
             result = _print_stream(actors.stream(conductor, agent_id, **what, **options))
             err.print(tables.cost(result), style="dim", markup=False)
@@ -228,7 +222,7 @@ def cancel(agent_id: str, config: ConfigOption = None) -> None:
     Example: conductor cancel ada
     """
     with _session(config) as conductor:
-        turns = _get(conductor.cancel.remote(agent_id))
+        turns = _get(call_of(conductor, "cancel", agent_id).remote(agent_id))
         out.print(f"{turns} turn{'' if turns == 1 else 's'} of {agent_id} ended", markup=False)
 
 
@@ -264,12 +258,14 @@ def chat(
     Example: conductor chat coder
     """
     with _session(config) as conductor:
+        import ray
+
         agent_id = name or f"chat-{os.getpid()}"
         owner = actors.Owner.current()  # if this process is killed, the agent goes with it
 
         def enter() -> Admission:
             terms: dict[str, Any] = {"window": window, "wait_s": wait, "owner": owner}
-            admission: Admission = _get(conductor.register.remote(agent_id, _path(model), **terms))
+            admission: Admission = _get(call_of(conductor, "register", agent_id).remote(agent_id, _path(model), **terms))
             return admission
 
         admission = enter()
@@ -297,7 +293,7 @@ def chat(
                 out.print(tables.cost(result), style="dim", markup=False)
         finally:
             with contextlib.suppress(UnknownAgent):
-                ray.get(conductor.unregister.remote(agent_id))
+                ray.get(call_of(conductor, "unregister", agent_id).remote(agent_id))
 
 
 def _ask_person() -> str | None:
@@ -319,6 +315,8 @@ def _ask_person() -> str | None:
 def status(config: ConfigOption = None, as_json: JsonOption = False) -> None:
     """The device, the ledger, models, agents, and Ray's figures beside the ledger's."""
     with _session(config, as_json=as_json) as conductor:
+        import ray
+
         now = ray.get(conductor.status.remote())
         show(now, tables.status(now), as_json=as_json)
 
@@ -327,6 +325,8 @@ def status(config: ConfigOption = None, as_json: JsonOption = False) -> None:
 def list_(config: ConfigOption = None, as_json: JsonOption = False) -> None:
     """The registered agents."""
     with _session(config, as_json=as_json) as conductor:
+        import ray
+
         agents = ray.get(conductor.list.remote())
         show([agent.to_json() for agent in agents], tables.agents(agents), as_json=as_json)
 
@@ -344,7 +344,12 @@ def estimate(
     Example: conductor estimate coder --window 2048 --window 8192 --slots 4
     """
     with errors(as_json=as_json):
-        result = estimates.estimate(load_config(config), _path(model), window or (), slots=slots)
+        from conductor.config import load_config
+
+        chosen = load_config(config)
+        from pipelines import estimates
+
+        result = estimates.estimate(chosen, _path(model), window or (), slots=slots)
         show(result, estimates.table(result), as_json=as_json)
 
 
@@ -361,7 +366,12 @@ def demo(
     if save is not None and not save.absolute().parent.is_dir():
         raise typer.BadParameter(f"there is no directory {save.parent}", param_hint="--save")
     with errors():
-        holds = demo_pipeline.run(load_config(config), request=request, save=save)
+        from conductor.config import load_config
+
+        chosen = load_config(config)
+        from pipelines import demo as pipeline
+
+        holds = pipeline.run(chosen, request=request, save=save)
     raise typer.Exit(Exit.OK if holds else Exit.FAILED)
 
 
@@ -369,6 +379,8 @@ app.command("stream-demo")(stream_demo.command)
 app.command("board")(board.command)
 app.command("top")(top.command)
 app.command("monitor")(monitor.command)
+app.command("logs")(logs.command)
+app.command("timeline")(timeline.command)
 app.command("run")(run.command)
 
 

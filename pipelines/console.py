@@ -9,11 +9,9 @@ from collections.abc import Iterator
 from enum import IntEnum
 from typing import Any
 
-from ray.exceptions import RayActorError
 from rich.console import Console, RenderableType
 from rich.segment import Segment, Segments
 
-from actors.connection import own
 from conductor.errors import AdmissionRefused, ConductorError, InvalidRequest, ModelError, ServiceFailed, WindowRefused
 from pipelines import tables
 
@@ -58,7 +56,7 @@ def errors(*, as_json: bool = False) -> Iterator[None]:
     """Turn the project's errors into a message on standard error (or JSON on standard output) and an exit code."""
     try:
         yield
-    except (ConductorError, RayActorError) as raised:
+    except _messages() as raised:
         error = _told(raised)
         if as_json:
             print_json(_as_json(error))
@@ -72,7 +70,22 @@ def errors(*, as_json: bool = False) -> Iterator[None]:
         raise SystemExit(130) from None
 
 
+def _messages() -> tuple[type[BaseException], ...]:
+    """What becomes a message: the project's errors and, where Ray was loaded and may have raised it, a conductor's end."""
+    if "ray" not in sys.modules:
+        return (ConductorError,)
+    from ray.exceptions import RayActorError
+
+    return (ConductorError, RayActorError)
+
+
 def _told(raised: BaseException) -> BaseException:
+    if "ray" not in sys.modules:
+        return raised
+    from ray.exceptions import RayActorError
+
+    from actors.connection import own
+
     error = own(raised)
     if isinstance(error, RayActorError):
         why = str(error).partition("\n")[0]

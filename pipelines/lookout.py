@@ -13,10 +13,6 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import ray
-from ray.exceptions import GetTimeoutError, RayError
-
-from actors.connection import own
 from conductor.errors import ConductorError, ServiceFailed
 from conductor.happenings import HistoryEntry
 from conductor.types import Status
@@ -74,6 +70,8 @@ class Lookout:
 def _keep(pipe: Connection[Any, int], config: Path | None) -> None:
     """Until whoever asks is gone, or something is wrong."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for whoever watches; its end is told by the pipe
+    from ray.exceptions import RayError
+
     with contextlib.suppress(EOFError, OSError):
         since = pipe.recv()
         try:
@@ -86,11 +84,17 @@ def _keep(pipe: Connection[Any, int], config: Path | None) -> None:
 
 
 def _sight(handle: Any, since: int) -> Sight:
+    import ray
+
     status, news = ray.get([handle.status.remote(), handle.history.remote(since)], timeout=_ANSWER_WITHIN_S)
     return status, news
 
 
 def _told(error: BaseException) -> ConductorError:
+    from ray.exceptions import GetTimeoutError
+
+    from actors.connection import own
+
     error = own(error)
     if isinstance(error, ConductorError):
         return error

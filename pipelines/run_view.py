@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from types import TracebackType
 
+import typer
 from rich.console import Group, RenderableType
 from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -12,7 +14,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 from conductor.units import format_bytes
-from pipelines.console import err, printable
+from pipelines.console import Exit, err, out, print_json, print_text, printable
 from pipelines.library.plan import Planned
 from pipelines.library.results import AgentFailed, Event, RunResult, StepBegan, StepEnded, StepResult, StepState, TurnEnded
 from pipelines.library.steps import Agent, Pipeline, kind_of
@@ -151,3 +153,32 @@ class Watcher:
             note = f": {result.note}" if result.note else ""
             made = f", {result.cost.generated_tokens:,} tokens" if result.turns else ""
             err.print(Text(f"{result.step} {result.state.value}{made}{note}"), soft_wrap=True)
+
+
+def show_plan(
+    pipeline: Pipeline, plan: Mapping[str, Planned], texts: Mapping[str, str | list[str]], *, as_json: bool
+) -> None:
+    """What would be done, in which order, on standard output."""
+    lists = {name: value if isinstance(value, str) else tuple(value) for name, value in texts.items()}
+    if as_json:
+        print_json({"pipeline": pipeline.name, "result": pipeline.outcome, "steps": [step.to_json() for step in plan.values()]})
+    else:
+        out.print(tree(pipeline, plan, {**pipeline.inputs, **lists}))
+
+
+def show(result: RunResult, output: Path | None, *, as_json: bool) -> None:
+    """The final text on standard output or in a file, what it cost on standard error."""
+    if output is not None and result.text is not None:
+        try:
+            output.write_text(result.text + "\n", "utf-8")
+        except OSError as error:
+            err.print(Text(f"error: {output} cannot be written: {error}", style="red"), soft_wrap=True)
+            raise typer.Exit(Exit.FAILED) from None
+    if as_json:
+        print_json(result.to_json())
+        return
+    if output is None and result.text is not None:
+        print_text(result.text + "\n")
+    err.print(table(result))
+    for line in failures(result):
+        err.print(Text(line, style="red"), soft_wrap=True)

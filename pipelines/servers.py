@@ -12,7 +12,6 @@ import socket
 import subprocess
 import threading
 import time
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,6 +88,8 @@ def _await_ready(server: Server, process: subprocess.Popen[bytes], stop: threadi
 
 def answers(url: str) -> bool:
     """Whether a request to this address, past any proxy, is answered with success."""
+    import urllib.request
+
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(url, timeout=5):

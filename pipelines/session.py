@@ -5,30 +5,52 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-import ray
+from typing import TYPE_CHECKING, Any
 
 import actors
 from actors import service
-from conductor.config import Config, load_config
 from conductor.errors import NotRunning
 from pipelines.console import errors
+
+if TYPE_CHECKING:
+    from conductor.config import Config
 
 
 def settings(config: Path | None) -> Config:
     """What the command was given, else what the service was started with, else the built-in configuration."""
+    from conductor.config import load_config
+
     running = service.running()
     return load_config(config or (running.config if running else None))
+
+
+def refuse_unless_there_is_ray() -> None:
+    """Raises NotRunning where no conductor can be, without loading Ray."""
+    if service.users_address() is None and service.running() is None:
+        raise NotRunning
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[None]:
+    """In the Ray where a conductor may run; it is left at the end. Raises NotRunning, ServiceFailed."""
+    refuse_unless_there_is_ray()
+    import ray
+
+    try:
+        actors.join_ray()
+        yield
+    finally:
+        ray.shutdown()
 
 
 @contextlib.contextmanager
 def connected(config: Config) -> Iterator[Any]:
     """The conductor's handle; Ray is left at the end. Raises NotRunning, ServiceFailed."""
-    try:
-        yield find(config)
-    finally:
-        ray.shutdown()
+    with joined():
+        handle = actors.find(config)
+        if handle is None:
+            raise NotRunning
+        yield handle
 
 
 @contextlib.contextmanager
@@ -38,12 +60,13 @@ def session(config: Path | None, *, as_json: bool = False) -> Iterator[Any]:
         yield conductor
 
 
-def find(config: Config) -> Any:
-    """The conductor's handle. Raises NotRunning, ServiceFailed."""
-    if service.users_address() is None and service.running() is None:
-        raise NotRunning
-    actors.join_ray()
-    handle = actors.find(config)
-    if handle is None:
-        raise NotRunning
-    return handle
+def result_of(reference: Any) -> Any:
+    """Of a call that may take long; whoever does not wait for it (Ctrl-C) ends it."""
+    import ray
+
+    try:
+        return ray.get(reference)
+    except BaseException:
+        ray.cancel(reference)
+        ray.wait([reference], timeout=2)  # the message is on its way: this process must not end before
+        raise

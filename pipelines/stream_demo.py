@@ -7,9 +7,8 @@ import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import ray
 import typer
 from rich.console import Group, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -18,18 +17,18 @@ from rich.text import Text
 
 from actors import service
 from actors._ray_private import authenticate
-from actors.connection import init_ray
-from actors.layer_stream import Opening, Place, place_alone, place_beside, stream_layers
-from actors.layers import loops
 from actors.layers.spec import DEFAULTS, Compute, LayerStreamSpec
 from actors.layers.times import LayerStreamResult, LayerSweep
-from conductor.config import Config
 from conductor.errors import AdmissionRefused, InternalError, NotRunning
 from conductor.types import DeviceKind
 from conductor.units import format_bytes, parse_bytes
 from pipelines import plots
 from pipelines.console import Exit, err, errors, out, print_json
 from pipelines.session import connected, settings
+
+if TYPE_CHECKING:
+    from actors.layer_stream import Opening, Place
+    from conductor.config import Config
 
 _HOST, _CUDA = DEFAULTS[DeviceKind.HOST], DEFAULTS[DeviceKind.CUDA]
 _OR_ALONE = "or run it without one, on a Ray of its own: conductor stream-demo --alone"
@@ -113,6 +112,9 @@ def run(
     spec: LayerStreamSpec, place: Place, *, conductor: Any = None, sweeping: bool = False
 ) -> tuple[Opening, LayerStreamResult | LayerSweep]:
     """The experiment with a bar on standard error. Raises what `stream_layers` raises."""
+    from actors.layer_stream import Opening, stream_layers
+    from actors.layers import loops
+
     opening: Opening | None = None
     with _progress() as bar, contextlib.closing(stream_layers(spec, place, conductor=conductor, sweeping=sweeping)) as items:
         task = bar.add_task("opening the device", total=None)
@@ -129,6 +131,10 @@ def run(
 @contextlib.contextmanager
 def alone_in_ray() -> Iterator[None]:
     """A Ray for this command only, with a token for as long, so that Ray writes none to the home directory."""
+    import ray
+
+    from actors.connection import init_ray
+
     service.users_address()  # for what it forgets: the token of a service that may end before this does
     if "RAY_AUTH_MODE" not in os.environ:
         authenticate({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)})
@@ -144,9 +150,15 @@ def _running(config: Config, *, alone: bool) -> Iterator[tuple[Place, Any]]:
     """Where to run, and whom to book with."""
     if alone:
         with alone_in_ray():
+            from actors.layer_stream import place_alone
+
             yield place_alone(config), None
     else:
         with connected(config) as conductor:
+            import ray
+
+            from actors.layer_stream import place_beside
+
             yield place_beside(ray.get(conductor.status.remote()), config), conductor
 
 

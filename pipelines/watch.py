@@ -17,6 +17,7 @@ from conductor.errors import ConductorError, NotRunning
 from conductor.happenings import HistoryEntry
 from conductor.types import Record, Status
 from pipelines.lookout import Lookout
+from pipelines.session import refuse_unless_there_is_ray, settings
 
 _ENTRIES = 2000
 _SAMPLES = 3000
@@ -88,6 +89,8 @@ class Watch:
     def see(self) -> None:
         """See how things are. Raises ServiceFailed, NotRunning, ConfigError."""
         if self._lookout is None:
+            settings(self._config)  # what can be told at once needs no process
+            refuse_unless_there_is_ray()
             self._lookout = Lookout(self._config)
         before, run = self.view.status, self.view.run
         try:

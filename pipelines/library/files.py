@@ -25,7 +25,7 @@ _ENDINGS = (".yaml", ".yml")
 
 
 def examples() -> dict[str, Path]:
-    """Those that come along, by name."""
+    """The files of those that come along, by name."""
     return {path.stem: path for path in sorted(_EXAMPLES.glob("*.yaml"))}
 
 
@@ -54,7 +54,7 @@ def _path(source: str | os.PathLike[str]) -> Path:
 
 
 def parse(text: str, *, source: str, name: str) -> Pipeline:
-    """A pipeline from the text of its file; `name` is its name unless it says another. Raises ConfigError."""
+    """A pipeline from the text of its file; `name` is its name unless it says another. Raises ConfigError that names `source`."""
     try:
         document = yaml.load(text, Loader=UniqueKeyLoader)
     except yaml.YAMLError as error:

@@ -24,12 +24,12 @@ _OWN = {
 
 @dataclass(frozen=True, slots=True)
 class Planned(Record):
-    """A step's place."""
+    """A step's place in its pipeline."""
 
     step: str
     needs: tuple[str, ...]  #: the steps that it waits for
     stage: int  #: 0 waits for nobody; else one more than the latest it waits for
-    agents: tuple[str, ...]
+    agents: tuple[str, ...]  #: that it asks, each once
 
 
 def plan(pipeline: Pipeline, *, source: str = "") -> dict[str, Planned]:

@@ -15,11 +15,13 @@ from conductor.types import JSON, Admission, DecodeResult, FinishReason, Record
 
 
 class StepState(str, enum.Enum):
-    DONE = "done"
-    FAILED = "failed"
+    """How a step ended."""
+
+    DONE = "done"  #: it has its text
+    FAILED = "failed"  #: it has an error
     SKIPPED = "skipped"  #: its condition did not hold, or what it works on was skipped
     BLOCKED = "blocked"  #: a step that it needs has failed
-    CANCELLED = "cancelled"
+    CANCELLED = "cancelled"  #: the run was, before it was done
 
 
 #: a step that ended so is as it should be
@@ -63,6 +65,7 @@ class Turn(Record):
 
     @property
     def cancelled(self) -> bool:
+        """It ended early, because somebody asked for it."""
         return self.result is not None and self.result.finish_reason is FinishReason.CANCELLED
 
     def to_json(self) -> dict[str, JSON]:
@@ -71,7 +74,9 @@ class Turn(Record):
 
 @dataclass(frozen=True, slots=True)
 class StepResult(Record):
-    step: str
+    """What became of a step."""
+
+    step: str  #: its name
     kind: str  #: ask, fan_out, debate or map
     state: StepState
     text: str | None = None  #: what other steps see
@@ -83,6 +88,7 @@ class StepResult(Record):
 
     @property
     def cost(self) -> Cost:
+        """Of its turns together."""
         return Cost.of(turn.result for turn in self.turns if turn.result is not None)
 
     @property
@@ -101,8 +107,10 @@ class StepResult(Record):
 
 @dataclass(frozen=True, slots=True)
 class RunResult(Record):
-    pipeline: str
-    text: str | None  #: of the step that is the pipeline's result
+    """What became of a run."""
+
+    pipeline: str  #: its name
+    text: str | None  #: of the step that is the pipeline's result; None if that has none
     steps: tuple[StepResult, ...]  #: in the order of the pipeline
     elapsed_ms: float
 
@@ -113,6 +121,7 @@ class RunResult(Record):
 
     @property
     def cost(self) -> Cost:
+        """Of all its turns together."""
         return Cost.of(turn.result for step in self.steps for turn in step.turns if turn.result is not None)
 
     def step(self, name: str) -> StepResult:
@@ -136,6 +145,8 @@ def _with_error(of: Turn | StepResult, **fields: Any) -> dict[str, JSON]:
 
 @dataclass(frozen=True, slots=True)
 class AgentAdmitted(Record):
+    """An agent was registered for the run."""
+
     agent: str
     admission: Admission
 
@@ -150,18 +161,25 @@ class AgentFailed(Record):
 
 @dataclass(frozen=True, slots=True)
 class StepBegan(Record):
+    """What a step needs is there, and it asks its agents now."""
+
     step: str
 
 
 @dataclass(frozen=True, slots=True)
 class TurnEnded(Record):
+    """One of a step's turns ended, well or not."""
+
     step: str
     turn: Turn
 
 
 @dataclass(frozen=True, slots=True)
 class StepEnded(Record):
+    """A step ended, or was not to be done."""
+
     result: StepResult
 
 
+#: what `on_event` hears
 Event: TypeAlias = "AgentAdmitted | AgentFailed | StepBegan | TurnEnded | StepEnded"

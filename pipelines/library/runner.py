@@ -15,16 +15,18 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import actors
 from conductor.errors import InvalidRequest
 from pipelines.library.plan import plan
 from pipelines.library.results import Event, RunResult, StepBegan, StepEnded, StepResult, StepState, Turn, TurnEnded
 from pipelines.library.steps import Pipeline, kind_of
-from pipelines.library.team import Team
 from pipelines.library.templates import fill
 from pipelines.library.work import Outcome, Worker
+
+if TYPE_CHECKING:
+    from pipelines.library.team import Team
 
 Inputs = Mapping[str, str | Sequence[str]]
 Listener = Callable[[Event], None]
@@ -36,9 +38,10 @@ _AGAIN_S = 0.2
 
 
 def run(pipeline: Pipeline, inputs: Inputs | None = None, **options: Any) -> RunResult:
-    """Run it and wait. `options` are those of `arun`. Works where a loop runs, too, in a thread beside it.
+    """Run a pipeline and wait; where a loop runs, too, in a thread beside it.
 
-    Ctrl-C ends the turns that run, lets the agents go, and is raised.
+    `inputs`: a text or several for each of its inputs, unless that has a default. `options` are those of `arun`, and so is what
+    is raised. Ctrl-C ends the turns that run, lets the agents go, and is raised.
     """
     try:
         asyncio.get_running_loop()
@@ -61,7 +64,7 @@ async def arun(
     agents: Mapping[str, Any] | None = None,
     on_event: Listener = lambda event: None,
 ) -> RunResult:
-    """Run it. A step that fails is in the result, and fails only those that need it.
+    """Run a pipeline where a loop runs. A step that fails is in the result, and fails only those that need it.
 
     `conductor`: its handle; None finds it, or starts it. `agents`: by their names in the pipeline, AgentActors or ids of agents
     that are registered already; they stay. `on_event` hears what happens, on the loop's thread; what it raises ends the run.
@@ -71,7 +74,7 @@ async def arun(
 
 
 def start(pipeline: Pipeline, inputs: Inputs | None = None, **options: Any) -> Running:
-    """Run it in a thread of its own. `options` are those of `arun`, which says what is raised, here at once."""
+    """Run a pipeline in a thread of its own. `options` are those of `arun`, which says what is raised, here at once."""
     return Running(_Run(pipeline, inputs, **options))
 
 
@@ -91,6 +94,7 @@ class Running:
 
     @property
     def done(self) -> bool:
+        """It ended, with a result or an error."""
         return self._outcome.done()
 
     def cancel(self) -> None:
@@ -133,6 +137,8 @@ class _Run:
                 loop.call_soon_threadsafe(self._wake.set)
 
     async def run(self) -> RunResult:
+        from pipelines.library.team import Team
+
         began = time.monotonic()
         self._wake, self._loop = asyncio.Event(), asyncio.get_running_loop()
         used = {agent for planned in self._plan.values() for agent in planned.agents}

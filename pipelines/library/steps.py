@@ -45,7 +45,7 @@ Keep = Literal["text", "code", "first_line", "last_line"]
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=_STRICT)
 class Options:
-    """Of turns, as the conductor's decode takes them. What is None is left to the agent's options, then to the conductor."""
+    """Of turns, as DecodeRequest explains them. What is None is left to the agent's options, then to the conductor."""
 
     max_tokens: Annotated[int, Field(ge=1, le=MAX_WINDOW)] | None = None
     temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
@@ -54,8 +54,8 @@ class Options:
     min_p: Share | None = None
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
     stop: tuple[Annotated[str, StringConstraints(min_length=1)], ...] | None = None
-    wait_s: Seconds | None = None
-    timeout_s: Seconds | None = None
+    wait_s: Seconds | None = None  #: how long it may wait for its seat, and for room if its window must grow
+    timeout_s: Seconds | None = None  #: it ends then, with what it made
 
     def given(self) -> dict[str, Any]:
         return {field.name: value for field in dataclasses.fields(self) if (value := getattr(self, field.name)) is not None}
@@ -65,14 +65,14 @@ class Options:
 class Agent:
     """Who works: registered for the run with `model` on these terms, or, as `existing`, an agent that is registered already."""
 
-    model: str | None = None
-    existing: str | None = None
-    window: Annotated[int, Field(gt=0, le=MAX_WINDOW)] | None = None
+    model: str | None = None  #: its key in the configuration
+    existing: str | None = None  #: the id of a registered agent
+    window: Annotated[int, Field(gt=0, le=MAX_WINDOW)] | None = None  #: tokens
     service_class: Literal["guaranteed", "shared", "best_effort"] = "shared"
     priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] = 0
-    wait_s: Seconds = 0
-    system: str | None = None
-    options: Options = Options()
+    wait_s: Seconds = 0  #: how long it may wait for its admission
+    system: str | None = None  #: opens each of its conversations
+    options: Options = Options()  #: of its turns, unless the step says otherwise
 
     def __post_init__(self) -> None:
         if (self.model is None) == (self.existing is None):
@@ -86,7 +86,7 @@ class Condition:
     """Of a step's text. One of the three is given."""
 
     step: Name
-    contains: str | None = None
+    contains: str | None = None  #: a part of it
     matches: str | None = None  #: a regular expression, found anywhere
     equals: str | None = None  #: white space around it aside
 
@@ -100,6 +100,7 @@ class Condition:
                 raise ValueError(f"matches is no regular expression: {error}") from None
 
     def holds(self, text: str) -> bool:
+        """Of that text."""
         if self.contains is not None:
             return self.contains in text
         if self.matches is not None:
@@ -111,11 +112,11 @@ class Condition:
 class _Any:
     """What every step may say. One whose condition does not hold is skipped: its text is `otherwise`, or it has none."""
 
-    keep: Keep = "text"
-    options: Options = Options()
-    when: Condition | None = None
-    unless: Condition | None = None
-    otherwise: str | None = None
+    keep: Keep = "text"  #: of an answer: all, the first fenced block, its first or its last line
+    options: Options = Options()  #: of its turns
+    when: Condition | None = None  #: it is done only if this holds
+    unless: Condition | None = None  #: it is done only if this does not
+    otherwise: str | None = None  #: its text if it is skipped
     needs: tuple[Name, ...] = ()  #: steps to wait for beside those that are named in its texts
 
 
@@ -123,7 +124,7 @@ class _Any:
 class Ask(_Any):
     """One turn of one agent. `fresh` begins a conversation; without it the agent's conversation in this run goes on."""
 
-    ask: Name
+    ask: Name  #: the agent
     prompt: str
     fresh: bool = True
 
@@ -135,7 +136,7 @@ class FanOut(_Any):
     Without a vote the text is all answers, one below the other. An agent that fails has no vote.
     """
 
-    fan_out: Annotated[tuple[Name, ...], Field(min_length=2)]
+    fan_out: Annotated[tuple[Name, ...], Field(min_length=2)]  #: the agents
     prompt: str
     vote: Literal["majority", "judge"] | None = None
     judge: Name | None = None
@@ -155,9 +156,9 @@ class Debate(_Any):
     The text is what the judge makes of it, or both last answers; one, if they agree.
     """
 
-    debate: tuple[Name, Name]
+    debate: tuple[Name, Name]  #: the agents
     prompt: str
-    rounds: Annotated[int, Field(ge=1, le=20)] = 2
+    rounds: Annotated[int, Field(ge=1, le=20)] = 2  #: at most 20
     reply: str = (
         "Somebody else answered:\n\n{other}\n\nAnswer again: keep what is right in yours, and take what is better in theirs."
     )
@@ -176,10 +177,10 @@ class Map(_Any):
     `concurrency` agents of the same kind share the items. All are tried; the step has failed if one of them did.
     """
 
-    map: Name
+    map: Name  #: the agent
     prompt: str
-    over: Name
-    concurrency: Annotated[int, Field(ge=1, le=64)] = 1
+    over: Name  #: the input or step that has the items
+    concurrency: Annotated[int, Field(ge=1, le=64)] = 1  #: at most 64
     split: Literal["lines", "paragraphs"] = "lines"
 
 
@@ -198,6 +199,7 @@ AnyStep: TypeAlias = Ask | FanOut | Debate | Map
 _Tagged: TypeAlias = (
     Annotated[Ask, Tag("ask")] | Annotated[FanOut, Tag("fan_out")] | Annotated[Debate, Tag("debate")] | Annotated[Map, Tag("map")]
 )
+Step: TypeAlias = Annotated[_Tagged, Discriminator(kind_of)]
 
 
 class Pipeline(BaseModel):
@@ -207,9 +209,9 @@ class Pipeline(BaseModel):
 
     name: PipelineName
     about: str = ""
-    inputs: dict[Name, Input] = {}
+    inputs: dict[Name, Input] = {}  #: by name, a default: a text or several; None: whoever runs it must give it
     agents: Annotated[dict[Name, Agent], Field(min_length=1)]
-    steps: Annotated[dict[Name, Annotated[_Tagged, Discriminator(kind_of)]], Field(min_length=1)]
+    steps: Annotated[dict[Name, Step], Field(min_length=1)]  #: `Ask`, `FanOut`, `Debate` or `Map`, by name
     result: Name | None = None
 
     @property

@@ -15,8 +15,9 @@ from typing import Any, Protocol
 import ray
 from ray.exceptions import RayError, TaskCancelledError
 
-from actors import AgentActor
+from actors.agent import create_agent
 from actors.connection import own
+from actors.naming import call_of
 from conductor.errors import ConductorError, ServiceFailed, TurnCancelled
 from conductor.types import Admission, AgentId, DecodeResult
 from pipelines.library.results import AgentAdmitted, AgentFailed
@@ -73,7 +74,7 @@ class _Registered:
     async def ask(self, text: str, *, fresh: bool, options: Mapping[str, Any]) -> DecodeResult:
         async with self._one_turn:
             messages = [*(self._opening if fresh else self._messages), {"role": "user", "content": text}]
-            turn = self._conductor.decode.remote(self._id, messages=messages, **options)
+            turn = call_of(self._conductor, "decode", self._id).remote(self._id, messages=messages, **options)
             try:
                 result: DecodeResult = await answer(turn, self._name)
             except asyncio.CancelledError:
@@ -83,7 +84,7 @@ class _Registered:
             return result
 
     async def cancel(self) -> None:
-        await answer(self._conductor.cancel.remote(self._id), self._name)
+        await answer(call_of(self._conductor, "cancel", self._id).remote(self._id), self._name)
 
 
 async def answer(reference: Any, agent: str) -> Any:
@@ -192,9 +193,10 @@ class Team:
             return _Registered(self._conductor, name, given, agent.system)
         if given is not None:
             return _Actor(name, given)
+        assert agent.model is not None  # as whoever is not there already has one
         agent_id = f"{self._prefix}-{name}" + (f"-{number}" if number > 1 else "")
         terms = {"window": agent.window, "service_class": agent.service_class, "priority": agent.priority, "wait_s": agent.wait_s}
-        spawned = _Actor(name, AgentActor.remote(self._conductor, agent_id, agent.model, system=agent.system, **terms))
+        spawned = _Actor(name, create_agent(self._conductor, agent_id, agent.model, system=agent.system, **terms))
         self._spawned.append((agent_id, spawned))
         return spawned
 
@@ -215,7 +217,8 @@ class Team:
             for task in tasks:
                 task.cancel()
         try:
-            leaving = [answer(self._conductor.unregister.remote(agent_id), agent_id) for agent_id, _ in self._spawned]
+            calls = ((id, call_of(self._conductor, "unregister", id)) for id, _ in self._spawned)
+            leaving = [answer(call.remote(id), id) for id, call in calls]
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(asyncio.gather(*leaving, return_exceptions=True), _LEAVE_WITHIN_S)
         finally:

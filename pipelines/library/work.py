@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from conductor.errors import ConductorError, TurnCancelled
 from conductor.types import AgentId
 from pipelines.library.answers import items_of, kept, majority, named, numbered
 from pipelines.library.results import Turn
 from pipelines.library.steps import AnyStep, Ask, Debate, FanOut, Map
-from pipelines.library.team import Member, Team
 from pipelines.library.templates import fill
+
+if TYPE_CHECKING:
+    from pipelines.library.team import Member, Team
 
 #: a turn that nobody bounds ends there
 _MAX_TOKENS = 512

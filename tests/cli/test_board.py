@@ -16,8 +16,8 @@ import pytest
 from aiohttp.test_utils import TestClient, TestServer
 
 from conductor.happenings import Happening, HistoryEntry
-from pipelines import board as pipeline
-from pipelines.board import Board, Teller, is_loopback
+from pipelines import board_server as pipeline
+from pipelines.board_server import Board, Teller, is_loopback
 from pipelines.watch import Sample, View
 from tests.support.shell import Shell
 from tests.support.views import STATUS

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from conductor.errors import InvalidRequest
 from pipelines.cli import app
 from pipelines.library import Agent, Ask, Pipeline
-from pipelines.run import given
+from pipelines.run_inputs import given
 from tests.support.conducting import document_of
 from tests.support.eventually import eventually
 from tests.support.parrot import write_parrot

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -77,3 +78,13 @@ def test_a_service_passes_on_how_to_be_let_in_and_nothing_else(runtime: Path) ->
     running = service.running()
     assert running is not None
     assert running.environment == {"RAY_AUTH_MODE": "token"}
+
+
+def test_where_a_port_is_taken_at_any_address_another_is_chosen() -> None:
+    """Ray would start without its dashboard, and `ray list` and `ray logs` would find nothing."""
+    with socket.socket() as somebody:
+        somebody.bind(("127.0.0.1", 0))
+        port = somebody.getsockname()[1]
+        somebody.listen()
+        assert service._this_port_or_another(port) not in (0, port)
+    assert service._this_port_or_another(port) == port

@@ -29,7 +29,7 @@ ROOMS = {
     "cupy": ("conductor/backend/layer_ring.py", "actors/layers/cuda_lanes.py"),
     "matplotlib": ("pipelines/plots.py", "conductor/notebook/pictures.py"),
     "pynvml": ("conductor/backend/device.py",),
-    "aiohttp": ("pipelines/board.py",),
+    "aiohttp": ("pipelines/board_server.py",),
 }
 
 #: What a folder may not import, and what of that it may after all.

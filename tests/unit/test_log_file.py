@@ -83,7 +83,11 @@ def test_what_else_the_packages_say_is_in_the_same_file_with_its_traceback_on_th
 
 
 @pytest.mark.parametrize("form", ["json", "text"])
-def test_nothing_that_somebody_chose_breaks_a_line_or_steers_a_terminal(begin: Begin, form: str) -> None:
+def test_nothing_that_somebody_chose_breaks_a_line_or_steers_a_terminal(
+    begin: Begin, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for package in ("conductor", "actors"):  # pytest keeps what it hears, and xdist could not hand that on
+        monkeypatch.setattr(logging.getLogger(package), "propagate", False)
     log = begin(format=form)
     DECISIONS.info(HistoryEntry(1, 0.0, Happening.ADMITTED, NASTY, ModelKey(NASTY), None, None, NASTY, 1))
     OTHERS.warning("said %s", NASTY)
