@@ -109,12 +109,11 @@ def test_whoever_ends_it_leaves_nobody(service: Shell, tmp_path: Path) -> None:
 
 def test_the_plan_is_shown_without_a_service() -> None:
     arguments = ["run", "code_crew", "--dry-run", "--input", "request=Write [b]it[/b]."]
-    shown = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
-    lines = [line.strip("│ ├└─") for line in shown.stdout.splitlines()]
+    lines = [line.strip("│ ├└─") for line in CliRunner().invoke(app, arguments).stdout.splitlines()]
     assert lines[0].startswith("code_crew: coder, then reviewer and documenter")
     assert "request = Write [b]it[/b]." in lines
     assert lines.index("code: ask coder") + 1 == lines.index("review: ask reviewer")
-    assert "final: ask coder, unless review contains 'No security flaws', also after code" in lines
+    assert "final: ask coder, unless review contains 'No security flaws', also after code" in " ".join(lines)  # or wrapped
     assert lines[-1] == "result: final"
     plan = json.loads(CliRunner().invoke(app, ["run", "code_crew", "--dry-run", "--json"]).stdout)
     assert [(step["step"], step["stage"]) for step in plan["steps"]] == [

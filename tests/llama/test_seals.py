@@ -30,7 +30,7 @@ class Slow:
     def __init__(self) -> None:
         self.begun, self.go = threading.Semaphore(0), threading.Event()
 
-    def __call__(self, *payloads: object, between: object = None) -> int:
+    def __call__(self, *payloads: object, **how: object) -> int:
         self.begun.release()
         assert self.go.wait(WITHIN_S)
         return 7

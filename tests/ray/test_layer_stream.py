@@ -114,7 +114,7 @@ def test_what_a_killed_task_had_booked_comes_back(conduct: Conduct) -> None:
 def _is_our_task(process: psutil.Process) -> bool:
     """Ray gives a worker its task's name; of those that other people run, none is a descendant of our Ray's."""
     name = " ".join(process.info["cmdline"] or ())
-    return "_stream_layers" in name and psutil.Process() in process.parents()
+    return f"vram:{HOLDER}" in name and psutil.Process() in process.parents()
 
 
 @pytest.mark.slow
