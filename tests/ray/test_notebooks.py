@@ -44,7 +44,7 @@ CLAIMS = {
     },
 }
 PICTURES = {"2-admission": ["plot"], "3-streaming-layers": ["timeline", "picture"], "4-swap-cost": ["fit"]}
-SLOW = ("1-three-agents", "2-admission", "3-streaming-layers", "4-swap-cost")
+SLOW = ("3-streaming-layers", "4-swap-cost")
 
 
 def shown(cell: Any) -> str:
