@@ -167,11 +167,7 @@ class Context:
 
     def empty(self, slot: int) -> None:
         """Forget what is in a slot."""
-        self.valid(slot)
-        if self.n_slots == 1:  # all at once: cell by cell takes a millisecond for some thousands
-            ll.llama_memory_clear(self.memory, False)
-        else:
-            ll.llama_memory_seq_rm(self.memory, slot, -1, -1)
+        ll.llama_memory_seq_rm(self.memory, self.valid(slot), -1, -1)
 
     def wipe(self) -> None:
         """Forget all that is in all slots, and zero their memory: no trace is left, whatever it was."""
