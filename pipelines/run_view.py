@@ -155,9 +155,7 @@ class Watcher:
             err.print(Text(f"{result.step} {result.state.value}{made}{note}"), soft_wrap=True)
 
 
-def show_plan(
-    pipeline: Pipeline, plan: Mapping[str, Planned], texts: Mapping[str, str | list[str]], *, as_json: bool
-) -> None:
+def show_plan(pipeline: Pipeline, plan: Mapping[str, Planned], texts: Mapping[str, str | list[str]], *, as_json: bool) -> None:
     """What would be done, in which order, on standard output."""
     lists = {name: value if isinstance(value, str) else tuple(value) for name, value in texts.items()}
     if as_json:
